@@ -1,0 +1,36 @@
+# AdamW, lr 5e-4 * batch / 512 (batch 1024 = 8 x 128), weight decay 0.05 and
+# none on biases and norms; 5 epochs of warm-up from 1e-6, cosine to 1e-5 at
+# epoch 300; mixed precision.
+optim_wrapper = dict(
+    type='AutoAmpOptimWrapper',
+    loss_scale='dynamic',
+    optimizer=dict(
+        type='AdamW',
+        lr=5e-4 * 1024 / 512,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
+    clip_grad=None)
+
+param_scheduler = [
+    dict(
+        type='LinearLR',
+        start_factor=1e-3,  # of lr: 1e-6
+        by_epoch=True,
+        end=5,
+        convert_to_iter_based=True),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=1e-5,
+        by_epoch=True,
+        begin=5,
+        end=300,
+        convert_to_iter_based=True),
+]
+
+train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+
+auto_scale_lr = dict(base_batch_size=1024)

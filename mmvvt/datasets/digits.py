@@ -1,0 +1,107 @@
+"""scikit-learn's handwritten digits as image files."""
+
+import os
+import shutil
+import tempfile
+
+import mmcv
+import numpy as np
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+
+SPLITS = ('train', 'val')
+HELD_OUT = 0.2
+
+
+def write_digits(data_root: str) -> None:
+    """Write the 1 797 scans as ``data_root/{train,val}/{0..9}/NNNN.png``.
+
+    The scans (8 x 8 pixels, 17 grey levels; UCI's *Optical Recognition of
+    Handwritten Digits*) ship inside the scikit-learn wheel. The split is
+    fixed and stratified, 80 / 20; NNNN is the scan's number in scikit-learn's
+    order. The folder appears whole or not at all, so several processes may
+    call this at once.
+
+    Args:
+        data_root (str): Folder to make.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    numbers = np.arange(len(digits.target))
+    train, val = train_test_split(
+        numbers, test_size=HELD_OUT, stratify=digits.target, random_state=0)
+
+    parent = os.path.dirname(os.path.abspath(data_root))
+    os.makedirs(parent, exist_ok=True)
+    temporary = tempfile.mkdtemp(dir=parent, prefix='.digits-')
+    try:
+        for split, members in zip(SPLITS, (train, val)):
+            for number in members:
+                # 17 grey levels, 0 to 16, to 8 bits
+                image = np.rint(digits.images[number] * (255 / 16))
+                label = str(digits.target[number])
+                mmcv.imwrite(
+                    image.astype(np.uint8),
+                    os.path.join(temporary, split, label,
+                                 f'{number:04d}.png'))
+        os.chmod(temporary, 0o755)
+        try:
+            os.rename(temporary, data_root)
+        except OSError:
+            if not os.path.isdir(data_root):
+                raise  # else another process was faster
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@DATASETS.register_module()
+class Digits(BaseDataset):
+    """scikit-learn's handwritten digits, for classification.
+
+    Reads the layout that :func:`write_digits` makes, one folder a class.
+
+    Args:
+        data_root (str): Folder with the images.
+        split (str): 'train' (1 437 scans) or 'val' (360 scans).
+        download (bool): Write the images where ``data_root`` is not there.
+            (The word is torchvision's; nothing is fetched from a network.)
+            Defaults to True.
+        **kwargs: Arguments of mmengine's ``BaseDataset``.
+
+    Raises:
+        ValueError: If ``split`` is another word.
+        FileNotFoundError: If the images are not there and not to be written.
+    """
+
+    METAINFO = dict(classes=tuple('0123456789'))
+
+    def __init__(self,
+                 data_root: str,
+                 split: str,
+                 download: bool = True,
+                 **kwargs):
+        if split not in SPLITS:
+            raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+        self.split = split
+        self.download = download
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self):
+        """List ``img_path`` and ``gt_label`` of each image."""
+        if not os.path.isdir(self.data_root) and self.download:
+            write_digits(self.data_root)
+        folder = os.path.join(self.data_root, self.split)
+        data_list = []
+        for label, name in enumerate(self.metainfo['classes']):
+            class_folder = os.path.join(folder, name)
+            if not os.path.isdir(class_folder):
+                raise FileNotFoundError(
+                    f'no images of class {name} in {folder}; remove '
+                    f'{self.data_root} to have it written anew')
+            data_list += [
+                dict(img_path=os.path.join(class_folder, file), gt_label=label)
+                for file in sorted(os.listdir(class_folder))
+            ]
+        return data_list

@@ -1,0 +1,151 @@
+"""What tools/train.py and tools/test.py share: from a command line to a
+config that mmengine's runner takes, with one clear line where it cannot."""
+
+import inspect
+import os
+import sys
+from argparse import Namespace
+from typing import Iterator, List, Optional
+
+import torch
+import torch.distributed
+from mmengine.config import Config, DictAction
+from mmengine.registry import DATASETS, init_default_scope
+
+INSTALL_HINTS = {
+    'mmpretrain': 'pip install mmpretrain==1.2.0',
+    'mmseg': "pip install 'mmvvt[segmentation]'",
+    'mmdet': "pip install 'mmvvt[detection]', and mmcv with its compiled ops",
+}
+
+
+def fail(message: str) -> None:
+    """Print one line to stderr and exit with code 1."""
+    sys.exit(f'error: {message}')
+
+
+def add_common_arguments(parser) -> None:
+    """Arguments that training and testing share."""
+    parser.add_argument('--work-dir', help='folder for logs and results '
+                        '(default: work_dirs/CONFIG_NAME)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings of the config to override: key=value, nested keys '
+        'with dots, lists as key="[a,b]"')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed job were started')
+    # torch.distributed.launch passes it, torchrun sets the variable.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: Namespace) -> Config:
+    """Read the config and merge the common arguments into it.
+
+    Args:
+        args (Namespace): With what :func:`add_common_arguments` adds, and
+            ``config``.
+
+    Returns:
+        Config: With ``work_dir`` and ``launcher`` set.
+    """
+    if not os.path.isfile(args.config):
+        fail(f'no such config file: {args.config}')
+    try:
+        cfg = Config.fromfile(args.config)
+    except ModuleNotFoundError as error:
+        fail(f'{args.config} needs the package {error.name}, which is not '
+             f'installed: {INSTALL_HINTS.get(error.name, "see README.md")}')
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    scope = cfg.get('default_scope', 'mmengine')
+    try:
+        init_default_scope(scope)
+        __import__(scope)
+    except ModuleNotFoundError as error:
+        fail(f'{args.config} needs the package {error.name}, which is not '
+             f'installed: {INSTALL_HINTS.get(scope, "see README.md")}')
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        name = os.path.splitext(os.path.basename(args.config))[0]
+        cfg.work_dir = os.path.join('work_dirs', name)
+    cfg.launcher = args.launcher
+    return cfg
+
+
+def init_processes(args: Namespace) -> None:
+    """Join the process group where there is no GPU to bind to.
+
+    mmengine's ``init_dist`` selects a CUDA device first and so fails on a
+    machine without one; it leaves a group that is already there alone.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')
+
+
+# -- data that is not there ---------------------------------------------------
+
+
+def _datasets(dataset: dict) -> Iterator[dict]:
+    """A data set's config, or those inside its wrappers."""
+    inner: List[dict] = list(dataset.get('datasets', []))
+    if isinstance(dataset.get('dataset'), dict):
+        inner.append(dataset['dataset'])
+    if not inner:
+        yield dataset
+    for part in inner:
+        yield from _datasets(part)
+
+
+def _fetches_itself(dataset: dict) -> bool:
+    """Whether the class makes or downloads its files where absent."""
+    cls = DATASETS.get(dataset['type']) if isinstance(
+        dataset['type'], str) else dataset['type']
+    if cls is None:
+        return False
+    parameter = inspect.signature(cls.__init__).parameters.get('download')
+    return parameter is not None and dataset.get('download',
+                                                 parameter.default)
+
+
+def _check_folder(path: str, where: str) -> None:
+    if not os.path.isdir(path):
+        fail(f'{where}: the data folder does not exist: {path}')
+    if not any(os.scandir(path)):
+        fail(f'{where}: the data folder is empty: {path}')
+
+
+def check_data(cfg: Config, loaders: List[str]) -> None:
+    """Stop with one line where a data set's files are not there.
+
+    Args:
+        cfg (Config): The whole config.
+        loaders (list[str]): Names of the data loaders that will be used.
+            Those without ``data_root``, and data sets that fetch themselves,
+            are passed over.
+    """
+    for loader in loaders:
+        if cfg.get(loader) is None:
+            continue
+        for dataset in _datasets(cfg[loader]['dataset']):
+            root: Optional[str] = dataset.get('data_root')
+            if not root or '://' in root or _fetches_itself(dataset):
+                continue
+            where = f'{loader} ({dataset["type"]})'
+            _check_folder(root, where)
+            prefix = dataset.get('data_prefix') or {}
+            prefixes = prefix.values() if isinstance(prefix,
+                                                     dict) else [prefix]
+            for folder in prefixes:
+                _check_folder(os.path.join(root, folder), where)
+            annotations = dataset.get('ann_file')
+            if annotations and not os.path.isfile(
+                    os.path.join(root, annotations)):
+                fail(f'{where}: the annotation file does not exist: '
+                     f'{os.path.join(root, annotations)}')

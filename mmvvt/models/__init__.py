@@ -1,0 +1,6 @@
+"""The backbone and its attention."""
+
+from .attention import VicinityAttention
+from .vvt import VVT
+
+__all__ = ['VVT', 'VicinityAttention']

@@ -1,0 +1,146 @@
+"""The vicinity attention block."""
+
+from typing import Tuple
+
+import torch.nn as nn
+from mmengine.model import BaseModule
+from torch import Tensor
+
+from mmvvt.ops import (LOCALITIES, check_backend, magnitude_clamp,
+                       vicinity_attention)
+from mmvvt.ops.reference import magnitude_clamp as plain_magnitude_clamp
+
+
+class VicinityAttention(BaseModule):
+    """Vicinity attention with feature reduction (FRA) and feature preserving
+    connection (FPC), as in *Vicinity Vision Transformer* (arXiv 2206.10552).
+
+    Args:
+        embed_dims (int): Channels C of input and output.
+        num_heads (int): Attention heads.
+        fr_ratio (int): Feature reduction: queries, keys and values have
+            ``embed_dims / fr_ratio`` channels. Defaults to 2.
+        sr_ratio (int): Spatial reduction: keys and values live on a grid
+            ``sr_ratio`` times coarser. Defaults to 1, none, as in all
+            published models.
+        se_ratio (int): Reduction of the hidden layer of the FPC's gate.
+            Defaults to 1, as in all published models.
+        locality (str): 'sum', 'product', '1d' or 'none', see
+            :func:`mmvvt.ops.vicinity_attention`. Defaults to 'sum'.
+        clamp (bool): Apply the six magnitude clamps of the official code,
+            which published checkpoints need. Defaults to True.
+        eps (float): Added to the sum of weights. Defaults to 1e-4.
+        backend (str): 'auto', 'torch', 'triton' or 'reference'. The last is
+            the plain formula, to read and to compare with. Defaults to
+            'auto'.
+        init_cfg (dict, optional): Initialisation. Defaults to None.
+
+    Raises:
+        ValueError: If the dimensions cannot be divided as asked, or there is
+            no such locality or backend.
+        RuntimeError: If the backend cannot run, with the reason.
+    """
+
+    def __init__(self,
+                 embed_dims: int,
+                 num_heads: int,
+                 fr_ratio: int = 2,
+                 sr_ratio: int = 1,
+                 se_ratio: int = 1,
+                 locality: str = 'sum',
+                 clamp: bool = True,
+                 eps: float = 1e-4,
+                 backend: str = 'auto',
+                 init_cfg=None):
+        super().__init__(init_cfg)
+        if embed_dims % (fr_ratio * num_heads):
+            raise ValueError(f'embed_dims {embed_dims} cannot be divided by '
+                             f'fr_ratio * num_heads = {fr_ratio} * '
+                             f'{num_heads}')
+        if embed_dims % se_ratio:
+            raise ValueError(f'embed_dims {embed_dims} cannot be divided by '
+                             f'se_ratio {se_ratio}')
+        if locality not in LOCALITIES:
+            raise ValueError(
+                f'locality must be one of {LOCALITIES}, got {locality!r}')
+        check_backend(backend)
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.locality = locality
+        self.clamp = clamp
+        self.eps = eps
+        self.backend = backend
+
+        reduced_dims = embed_dims // fr_ratio
+        self.q_proj = nn.Linear(embed_dims, reduced_dims)
+        self.k_proj = nn.Linear(embed_dims, reduced_dims)
+        self.v_proj = nn.Linear(embed_dims, reduced_dims)
+        self.out_proj = nn.Linear(reduced_dims, embed_dims)
+        # The gate of the FPC: a squeeze and an excitation.
+        self.se_fc = nn.Sequential(
+            nn.Linear(embed_dims, embed_dims // se_ratio, bias=False),
+            nn.ReLU(),
+            nn.Linear(embed_dims // se_ratio, embed_dims, bias=False),
+            nn.Sigmoid())
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(
+                embed_dims, embed_dims, sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(embed_dims, eps=1e-5)
+
+    def _split_heads(self, t: Tensor) -> Tensor:
+        # (B, N, C / fr) -> (B, N, heads, d) -> (B, heads, N, d)
+        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _reduce_grid(self, x: Tensor, spatial_shape: Tuple[int, int]):
+        """Tokens of keys and values, and their grid."""
+        if self.sr_ratio == 1:
+            return x, spatial_shape
+        if min(spatial_shape) < self.sr_ratio:
+            raise ValueError(f'sr_ratio {self.sr_ratio} needs a grid of at '
+                             f'least as many rows and columns, got '
+                             f'{tuple(spatial_shape)}')
+        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)
+        x = x.unflatten(1, spatial_shape).permute(0, 3, 1, 2)
+        x = self.sr(x)  # (B, C, h / sr, w / sr)
+        key_shape = (x.shape[2], x.shape[3])
+        # (B, C, h / sr, w / sr) -> (B, C, M) -> (B, M, C)
+        return self.norm(x.flatten(2).transpose(1, 2)), key_shape
+
+    def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
+        """Attend.
+
+        Args:
+            x (Tensor): ``(B, N, C)``, tokens in row-major order.
+            spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
+
+        Returns:
+            Tensor: ``(B, N, C)``.
+
+        Raises:
+            ValueError: If ``spatial_shape`` does not have N tokens.
+        """
+        if spatial_shape[0] * spatial_shape[1] != x.shape[1]:
+            raise ValueError(
+                f'spatial_shape {tuple(spatial_shape)} has '
+                f'{spatial_shape[0] * spatial_shape[1]} tokens, but x has '
+                f'{x.shape[1]}')
+        gate = self.se_fc(x.mean(dim=1, keepdim=True))  # (B, 1, C)
+        source, key_shape = self._reduce_grid(x, spatial_shape)
+        out = vicinity_attention(
+            self._split_heads(self.q_proj(x)),
+            self._split_heads(self.k_proj(source)),
+            self._split_heads(self.v_proj(source)),
+            spatial_shape,
+            key_shape=key_shape,
+            locality=self.locality,
+            clamp=self.clamp,
+            eps=self.eps,
+            backend=self.backend)
+        # (B, heads, N, d) -> (B, N, heads, d) -> (B, N, C / fr)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not self.clamp:
+            return out + out * gate
+        plain = check_backend(self.backend) == 'reference'
+        clamp = plain_magnitude_clamp if plain else magnitude_clamp
+        out = clamp(out)
+        return clamp(out + out * gate)

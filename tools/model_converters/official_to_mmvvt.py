@@ -1,0 +1,53 @@
+"""Turn an official VVT checkpoint into one for tools/test.py, or back."""
+
+import argparse
+import os
+import sys
+
+from mmvvt.arch import ARCH_SETTINGS
+from mmvvt.checkpoint import (CheckpointError, convert_official,
+                              convert_to_official, load_checkpoint_file,
+                              save_checkpoint_file)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('src', help='checkpoint to read')
+    parser.add_argument('dst', help='checkpoint to write')
+    parser.add_argument(
+        '--arch',
+        choices=list(ARCH_SETTINGS),
+        help='architecture that SRC must be of (default: told from its '
+        'tensors)')
+    parser.add_argument(
+        '--reverse',
+        action='store_true',
+        help='SRC is ours, DST becomes an official file')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if os.path.realpath(args.src) == os.path.realpath(args.dst):
+        sys.exit(f'error: SRC and DST are one file: {args.src}')
+    convert = convert_to_official if args.reverse else convert_official
+    try:
+        checkpoint = convert(load_checkpoint_file(args.src), args.arch)
+        save_checkpoint_file(checkpoint, args.dst)
+    except CheckpointError as error:
+        sys.exit(f'error: {error}')
+
+    if args.reverse:
+        print(f'wrote {args.dst} with {len(checkpoint["model"])} tensors '
+              'under official keys')
+        return
+    state, name = checkpoint['state_dict'], checkpoint['meta']['arch']
+    parameters = sum(t.numel() for t in state.values())
+    classes = state['head.fc.bias'].numel()
+    print(f'architecture: {name}, {parameters} parameters, {classes} classes')
+    print(f'wrote {args.dst}; to test it: python tools/test.py '
+          f'configs/classification/vvt-{name}_8xb128_in1k.py {args.dst}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,93 @@
+"""Evaluate a checkpoint with a config: top-1, mIoU or mAP."""
+
+import argparse
+import os
+
+import mmengine
+from mmengine.config import ConfigDict
+from mmengine.evaluator import DumpResults
+from mmengine.runner import Runner
+
+import mmvvt  # noqa: F401, registers VVT and what comes with it
+from mmvvt.engine.cli import (add_common_arguments, check_data, fail,
+                              init_processes, load_config)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--out',
+        metavar='FILE.pkl|FILE.json',
+        help='write the predictions (.pkl) or the metrics (.json)')
+    parser.add_argument(
+        '--show-dir', help='draw each image with its prediction into a folder')
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation, by tta_model and tta_pipeline of the '
+        'config')
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def draw_into(cfg, folder):
+    """Switch on the hook that draws; each code base has its own words."""
+    hook = cfg.default_hooks.get('visualization')
+    kind = (hook or {}).get('type', '')
+    if kind.endswith('SegVisualizationHook'):
+        hook.draw = True
+        cfg.visualizer.save_dir = folder
+    elif kind.endswith('DetVisualizationHook'):
+        hook.draw = True
+        # The hook puts a relative folder into the work folder.
+        hook.test_out_dir = os.path.abspath(folder)
+    elif kind.endswith('VisualizationHook'):
+        hook.update(enable=True, out_dir=folder, interval=1)
+    else:
+        fail('--show-dir needs default_hooks.visualization in the config')
+
+
+def augment_at_test_time(cfg):
+    for key in ('tta_model', 'tta_pipeline'):
+        if key not in cfg:
+            fail(f'--tta needs {key} in the config')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # the pipeline is of the innermost one
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def merge_arguments(cfg, args):
+    if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
+        fail(f'no such checkpoint file: {args.checkpoint}')
+    cfg.load_from = args.checkpoint
+    if args.out and os.path.splitext(args.out)[1] not in ('.pkl', '.json'):
+        fail(f'--out must end in .pkl (predictions) or .json (metrics), got '
+             f'{args.out}')
+    if args.show_dir:
+        draw_into(cfg, args.show_dir)
+    if args.tta:
+        augment_at_test_time(cfg)
+    return cfg
+
+
+def main():
+    args = parse_args()
+    cfg = merge_arguments(load_config(args), args)
+    check_data(cfg, ['test_dataloader'])
+    init_processes(args)
+    runner = Runner.from_cfg(cfg)
+    if args.out and args.out.endswith('.pkl'):
+        runner.test_evaluator.metrics.append(
+            DumpResults(out_file_path=args.out))
+    metrics = runner.test()
+    if args.out and args.out.endswith('.json'):
+        if mmengine.dist.is_main_process():
+            mmengine.dump(metrics, args.out)
+
+
+if __name__ == '__main__':
+    main()

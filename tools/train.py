@@ -1,0 +1,65 @@
+"""Train the model of a config: a classifier, a segmentor or a detector."""
+
+import argparse
+import os
+
+from mmengine.runner import Runner
+
+import mmvvt  # noqa: F401, registers VVT and what comes with it
+from mmvvt.engine.cli import (add_common_arguments, check_data, fail,
+                              init_processes, load_config)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='auto|PATH',
+        help='go on from the last checkpoint in the work folder (auto, or '
+        'nothing), or from a given one')
+    parser.add_argument(
+        '--amp',
+        action='store_true',
+        help='mixed precision (on a machine without a GPU: float32)')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the total batch size')
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def merge_arguments(cfg, args):
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from') and '://' not in cfg.load_from:
+        if not os.path.isfile(cfg.load_from):
+            fail(f'no such checkpoint file: {cfg.load_from}')
+    if args.amp:
+        wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        if wrapper not in ('OptimWrapper', 'AmpOptimWrapper',
+                           'AutoAmpOptimWrapper'):
+            fail(f'--amp cannot replace the optim_wrapper {wrapper}')
+        cfg.optim_wrapper.type = 'AutoAmpOptimWrapper'
+    if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+            fail(f'--auto-scale-lr needs auto_scale_lr.base_batch_size in '
+                 f'{args.config}')
+        cfg.auto_scale_lr.enable = True
+    return cfg
+
+
+def main():
+    args = parse_args()
+    cfg = merge_arguments(load_config(args), args)
+    check_data(cfg, ['train_dataloader', 'val_dataloader'])
+    init_processes(args)
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
