@@ -35,7 +35,6 @@ val_evaluator = dict(type='Accuracy', topk=1)
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(
-    type='AutoAmpOptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
     clip_grad=dict(max_norm=1.0))
@@ -56,5 +55,6 @@ auto_scale_lr = dict(base_batch_size=64)
 
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'))
+    checkpoint=dict(max_keep_ckpts=1),
+    visualization=dict(rescale_factor=32))
 randomness = dict(seed=0)

@@ -5,6 +5,7 @@ import inspect
 import os
 import sys
 from argparse import Namespace
+from importlib import import_module
 from typing import Iterator, List, Optional
 
 import torch
@@ -43,6 +44,32 @@ def add_common_arguments(parser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
+def read_config(path: str, options: Optional[dict] = None) -> Config:
+    """Read a config, and make its code base's registries the current ones.
+
+    Args:
+        path (str): Config file.
+        options (dict, optional): Settings to override. Defaults to None.
+
+    Returns:
+        Config: The config.
+    """
+    if not os.path.isfile(path):
+        fail(f'no such config file: {path}')
+    scope = None
+    try:
+        cfg = Config.fromfile(path)
+        if options:
+            cfg.merge_from_dict(options)
+        scope = cfg.get('default_scope', 'mmengine')
+        import_module(scope)
+    except ModuleNotFoundError as error:
+        fail(f'{path} needs the package {error.name}, which is not '
+             f'installed: {INSTALL_HINTS.get(scope, "see README.md")}')
+    init_default_scope(scope)
+    return cfg
+
+
 def load_config(args: Namespace) -> Config:
     """Read the config and merge the common arguments into it.
 
@@ -53,22 +80,7 @@ def load_config(args: Namespace) -> Config:
     Returns:
         Config: With ``work_dir`` and ``launcher`` set.
     """
-    if not os.path.isfile(args.config):
-        fail(f'no such config file: {args.config}')
-    try:
-        cfg = Config.fromfile(args.config)
-    except ModuleNotFoundError as error:
-        fail(f'{args.config} needs the package {error.name}, which is not '
-             f'installed: {INSTALL_HINTS.get(error.name, "see README.md")}')
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    scope = cfg.get('default_scope', 'mmengine')
-    try:
-        init_default_scope(scope)
-        __import__(scope)
-    except ModuleNotFoundError as error:
-        fail(f'{args.config} needs the package {error.name}, which is not '
-             f'installed: {INSTALL_HINTS.get(scope, "see README.md")}')
+    cfg = read_config(args.config, args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:

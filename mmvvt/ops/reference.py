@@ -8,7 +8,7 @@ clamp a pass of its own, tables made anew at each call.
 """
 
 import math
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
@@ -121,27 +121,18 @@ def magnitude_clamp(t: Tensor) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
-                     key_shape: Shape, locality: str, eps: float,
-                     skip_clamp: Optional[str] = None) -> Tensor:
+                     key_shape: Shape, locality: str,
+                     eps: float) -> Tensor:
     """The plain linear form, with the clamps of the published models.
 
-    Arguments and result are those of :func:`quadratic_attention`, and:
-
-    Args:
-        skip_clamp (str, optional): Leave out the clamp of 'kv',
-            'normaliser', 'numerator' or 'output'. Each clamp is there for a
-            reason, and the tests show it by leaving one out. Defaults to
-            None.
+    Arguments and result are those of :func:`quadratic_attention`.
     """
-
-    def clamp(t: Tensor, name: str) -> Tensor:
-        return t if name == skip_clamp else magnitude_clamp(t)
-
     features_q = vicinity_features(q.relu(), query_shape, locality)
     features_k = vicinity_features(k.relu(), key_shape, locality)
-    kv = clamp(features_k.transpose(-2, -1) @ v, 'kv')  # (B, heads, n*d, d)
+    # (B, heads, n*d, M) @ (B, heads, M, d) -> (B, heads, n*d, d)
+    kv = magnitude_clamp(features_k.transpose(-2, -1) @ v)
     # (B, heads, n*d) -> (B, heads, n*d, 1): the sum of keys is not clamped
     key_sum = features_k.sum(dim=-2).unsqueeze(-1)
-    normaliser = clamp(1 / (features_q @ key_sum + eps), 'normaliser')
-    numerator = clamp(features_q @ kv, 'numerator')  # (B, heads, N, d)
-    return clamp(numerator * normaliser, 'output')
+    normaliser = magnitude_clamp(1 / (features_q @ key_sum + eps))
+    numerator = magnitude_clamp(features_q @ kv)  # (B, heads, N, d)
+    return magnitude_clamp(numerator * normaliser)

@@ -1,0 +1,34 @@
+# Each target sets itself up in .venv and reuses what is there.
+PYTHON ?= python3
+PY := .venv/bin/python
+DIGITS := work_dirs/vvt-nano_digits
+DIGITS_CONFIG := configs/demo/vvt-nano_digits.py
+
+.PHONY: help demo test lint install clean
+
+help:
+	@echo "make demo     train and test a small VVT on handwritten digits"
+	@echo "make test     install everything, mmcv's compiled ops too, and run the tests"
+	@echo "make lint     check the style"
+	@echo "make install  install everything and stop there"
+	@echo "make clean    remove .venv and what the demos wrote"
+
+demo:
+	$(PYTHON) requirements/install.py demo
+	$(PY) tools/train.py $(DIGITS_CONFIG) --work-dir $(DIGITS)
+	$(PY) tools/test.py $(DIGITS_CONFIG) $(DIGITS)/epoch_30.pth \
+	    --work-dir $(DIGITS) --out $(DIGITS)/test.pkl
+	$(PY) tools/analysis_tools/report_classification.py $(DIGITS_CONFIG) \
+	    $(DIGITS)/epoch_30.pth $(DIGITS) $(DIGITS)/test.pkl
+
+install:
+	$(PYTHON) requirements/install.py full
+
+test: install
+	$(PY) -m pytest
+
+lint: install
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf .venv data/digits $(DIGITS)

@@ -1,0 +1,247 @@
+"""Make .venv ready: `demo` without compiled ops, `full` for everything.
+
+Run again, it checks what is there and reuses it; a broken or half-built
+environment is removed and made anew. Needs nothing but Python.
+
+mmcv's compiled ops take minutes to build. The wheel is kept outside the
+clone, in a folder named after the versions of Python, torch and mmcv that it
+fits: below MMVVT_WHEELS, by default ~/.cache/mmvvt/wheels.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Dict, List, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / '.venv'
+STAMP = VENV / 'mmvvt-install.json'
+BIN = VENV / ('Scripts' if os.name == 'nt' else 'bin')
+PYTHON = BIN / ('python.exe' if os.name == 'nt' else 'python')
+
+MMCV_VERSION = '2.1.0'
+# mmcv 2.1.0 imports pkg_resources, which setuptools 81 no longer brings;
+# ninja and psutil let it build on all cores.
+BUILD_TOOLS = ['setuptools>=75,<81', 'wheel', 'ninja', 'psutil']
+REQUIREMENTS = {
+    'demo': ROOT / 'requirements' / 'classification.txt',
+    'full': ROOT / 'requirements.txt',
+}
+# What must import before an environment counts as ready.
+CHECKS = {
+    'demo':
+    'import torch, torchvision, cv2, sklearn, matplotlib, mmcv, mmpretrain, '
+    'mmvvt',
+    'full':
+    'import torch, torchvision, cv2, sklearn, skimage, matplotlib, mmcv.ops, '
+    'mmpretrain, mmseg, mmdet, pytest, mmvvt; '
+    'mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)',
+}
+HEARTBEAT = 15  # seconds between two signs of life of a long step
+
+started = time.monotonic()
+
+
+def say(message: str) -> None:
+    print(f'[{time.monotonic() - started:5.0f} s] {message}', flush=True)
+
+
+def run(title: str,
+        command: List[str],
+        extra_env: Optional[Dict[str, str]] = None) -> None:
+    """Run a step: its output goes to a log, a sign of life to the screen."""
+    say(title)
+    log = Path(tempfile.gettempdir()) / f'mmvvt-install-{os.getpid()}.log'
+    env = {**os.environ, **(extra_env or {})}
+    last = ['']
+
+    with open(log, 'w', encoding='utf-8') as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace')
+
+        def follow():
+            for line in process.stdout:
+                file.write(line)
+                if line.strip():
+                    last[0] = line.strip()
+
+        reader = threading.Thread(target=follow, daemon=True)
+        reader.start()
+        while True:
+            try:
+                process.wait(timeout=HEARTBEAT)
+                break
+            except subprocess.TimeoutExpired:
+                count = re.match(r'\[\d+/\d+\]', last[0])
+                say(f'  ... {count.group() if count else last[0][:60]}')
+        reader.join()
+    if process.returncode:
+        tail = log.read_text(encoding='utf-8').splitlines()[-20:]
+        print('\n'.join(tail), file=sys.stderr)
+        sys.exit(f'error: this step failed: {title}\nthe whole log: {log}')
+    log.unlink()
+
+
+def pip(title: str, *arguments: str, **options) -> None:
+    run(title, [
+        str(PYTHON), '-m', 'pip', '--disable-pip-version-check', *arguments
+    ], **options)
+
+
+def output_of(code: str) -> Optional[str]:
+    """What Python code prints in the environment; None if it fails."""
+    try:
+        done = subprocess.run(
+            [str(PYTHON), '-c', code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def fingerprint(kind: str) -> str:
+    """Changes with the requirements, this script and the interpreter."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in (Path(__file__), *REQUIREMENTS.values(), ROOT / 'setup.cfg'):
+        digest.update(path.read_bytes())
+    return f'{kind}-{digest.hexdigest()[:16]}'
+
+
+def installed_kind() -> Optional[str]:
+    """'demo' or 'full' if such an environment was finished and imports."""
+    try:
+        stamp = json.loads(STAMP.read_text())['fingerprint']
+    except (OSError, ValueError, KeyError):
+        return None
+    for kind in ('full', 'demo'):
+        if stamp == fingerprint(kind):
+            return kind if output_of(CHECKS[kind]) is not None else None
+    return None
+
+
+def make_venv() -> None:
+    if VENV.exists():
+        say('.venv is not whole or out of date: removing it')
+        shutil.rmtree(VENV)
+    run('making .venv', [sys.executable, '-m', 'venv', str(VENV)])
+    pip('installing build tools', 'install', *BUILD_TOOLS)
+
+
+def wheel_folder() -> Path:
+    """Where the wheel that fits Python, torch and mmcv is kept."""
+    key = output_of(
+        'import sys, torch; print(f"py{sys.version_info[0]}'
+        '{sys.version_info[1]}-torch{torch.__version__}-'
+        '{\'cuda\' if torch.cuda.is_available() else \'cpu\'}")')
+    base = os.environ.get('MMVVT_WHEELS')
+    base = Path(base) if base else Path.home() / '.cache' / 'mmvvt' / 'wheels'
+    return base / f'{key}-mmcv{MMCV_VERSION}'
+
+
+def build_mmcv(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(dir=folder.parent, prefix='building-')
+    try:
+        # Not in isolation: there mmcv would see no torch and leave out the
+        # ops. No cache: pip's does not tell the two kinds of wheel apart.
+        pip(
+            'building mmcv with its compiled ops (about 13 minutes on 2 '
+            f'cores; once, then kept in {folder})',
+            'wheel',
+            '--verbose',
+            '--no-deps',
+            '--no-build-isolation',
+            '--no-cache-dir',
+            '--no-binary=mmcv',
+            f'--wheel-dir={temporary}',
+            f'mmcv=={MMCV_VERSION}',
+            extra_env={'MMCV_WITH_OPS': '1'})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def install_mmcv_with_ops() -> None:
+    folder = wheel_folder()
+    for attempt in range(2):
+        wheels = list(folder.glob('mmcv-*.whl'))
+        if not wheels:
+            build_mmcv(folder)
+            wheels = list(folder.glob('mmcv-*.whl'))
+        # mmcv-lite is the same package without ops: one of them only.
+        pip('removing mmcv-lite, if there', 'uninstall', '--yes', 'mmcv-lite')
+        pip(f'installing {wheels[0].name}', 'install', '--force-reinstall',
+            '--no-deps', '--no-cache-dir', str(wheels[0]))
+        # torch comes first: the ops link against its libraries
+        if output_of('import torch, mmcv.ops') is not None:
+            return
+        if attempt == 0:
+            say(f'the ops of {wheels[0]} do not load: building them anew')
+            shutil.rmtree(folder)
+    sys.exit(f'error: the compiled ops of mmcv {MMCV_VERSION} do not load')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('kind', choices=['demo', 'full'])
+    kind = parser.parse_args().kind
+    if sys.version_info < (3, 10):
+        sys.exit(f'error: Python 3.10 or newer is needed, this is '
+                 f'{sys.version.split()[0]}; name another one with '
+                 'make PYTHON=...')
+
+    present = installed_kind()
+    if present == 'full' or present == kind:
+        say('.venv is ready')
+        return
+    if present is None:
+        make_venv()
+    STAMP.unlink(missing_ok=True)
+
+    # torch by itself: it is most of the download, and mmcv is built with it.
+    torch_lines = [
+        line for line in REQUIREMENTS['demo'].read_text().splitlines()
+        if line.startswith(('torch==', 'torchvision=='))
+    ]
+    pip(f'installing {" ".join(torch_lines)} (the largest download)',
+        'install', *torch_lines)
+    pip(f'installing {REQUIREMENTS[kind].relative_to(ROOT)}', 'install', '-r',
+        str(REQUIREMENTS[kind]))
+    if kind == 'full':
+        install_mmcv_with_ops()
+    else:
+        pip('installing mmcv-lite', 'install', '--no-deps',
+            f'mmcv-lite=={MMCV_VERSION}')
+    pip('installing mmvvt', 'install', '--no-deps', '--no-build-isolation',
+        '--editable', '.')
+
+    say('checking that everything imports')
+    if output_of(CHECKS[kind]) is None:
+        subprocess.run([str(PYTHON), '-c', CHECKS[kind]], cwd=ROOT)
+        sys.exit('error: the environment does not import, see above')
+    STAMP.write_text(json.dumps({'fingerprint': fingerprint(kind)}))
+    say('.venv is ready')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,47 @@
+"""Count the parameters and multiply-adds of configs' models."""
+
+import argparse
+
+from mmengine.registry import MODELS
+
+import mmvvt  # noqa: F401, registers VVT and what comes with it
+from mmvvt.analysis.flops import count
+from mmvvt.engine.cli import fail, read_config
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('configs', nargs='+', help='config files')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs='+',
+        default=[224],
+        metavar='SIZE',
+        help='height and width of the image, or one number for both '
+        '(default: 224)')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if len(args.shape) > 2 or min(args.shape) < 1:
+        fail(f'--shape takes one or two positive numbers, got {args.shape}')
+    height, width = args.shape[0], args.shape[-1]
+    print(f'multiply-adds of matrix products and convolutions, one image of '
+          f'{height} x {width};\nVVT in the plain linear form (features four '
+          'times as wide); norms, activations and resizing not counted')
+    print(f'{"config":56} {"params":>12} {"M":>8} {"GMACs":>8}')
+    for path in args.configs:
+        cfg = read_config(path)
+        model = MODELS.build(cfg.model)
+        channels = cfg.model.backbone.get('in_channels', 3)
+        found = count(model, (1, channels, height, width))
+        name = path.rsplit('/', 1)[-1].removesuffix('.py')
+        print(f'{name:56} {found.parameters:12d} '
+              f'{found.parameters / 1e6:8.2f} '
+              f'{found.multiply_adds / 1e9:8.2f}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,61 @@
+"""Sum up a classifier's run: top-1, curves, and a sheet of predictions."""
+
+import argparse
+import os
+import sys
+
+import mmengine
+from mmengine.registry import DATASETS
+
+import mmvvt  # noqa: F401, registers VVT and what comes with it
+from mmvvt.analysis.prediction_sheet import draw_sheet
+from mmvvt.analysis.training_curves import plot_curves
+from mmvvt.engine.cli import read_config
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint that was tested')
+    parser.add_argument('work_dir', help='work folder of tools/train.py')
+    parser.add_argument('predictions', help='of tools/test.py --out FILE.pkl')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    for path in (args.checkpoint, args.work_dir, args.predictions):
+        if not os.path.exists(path):
+            sys.exit(f'error: no such file or folder: {path}')
+    cfg = read_config(args.config)
+    classes = DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO['classes']
+    predictions = mmengine.load(args.predictions)
+    right = sum(
+        int(sample['pred_label']) == int(sample['gt_label'])
+        for sample in predictions)
+    total = len(predictions)
+    top1 = 100 * right / total
+
+    curves = os.path.join(args.work_dir, 'curves.png')
+    sheet = os.path.join(args.work_dir, 'predictions.png')
+    try:
+        plot_curves(args.work_dir, 'accuracy/top1', 'held-out top-1 (%)',
+                    curves)
+    except FileNotFoundError as error:
+        sys.exit(f'error: {error}')
+    draw_sheet(
+        predictions,
+        classes,
+        f'{total - right} of {total} held-out images are wrong',
+        sheet)
+
+    print(f'\ntop-1: {top1:.2f} % ({right} of {total} held-out images)')
+    print(f'curves: {curves}')
+    print(f'predictions: {sheet}')
+    print('next, draw each of them with its prediction: '
+          f'{os.path.relpath(sys.executable)} tools/test.py {args.config} '
+          f'{args.checkpoint} --show-dir {os.path.join(args.work_dir, "show")}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Test as a slurm job, one task a GPU.
+# Usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=8] [SRUN_ARGS=...] \
+#   tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT \
+#   [options of tools/test.py]
+set -euo pipefail
+if [ $# -lt 4 ]; then
+  echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT" \
+    "[options of tools/test.py]" >&2
+  exit 2
+fi
+partition=$1 job_name=$2 config=$3 checkpoint=$4
+shift 4
+gpus=${GPUS:-8}
+gpus_per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
+
+# SRUN_ARGS is split into words on purpose.
+# shellcheck disable=SC2086
+srun -p "$partition" \
+  --job-name="$job_name" \
+  --gres=gpu:"$gpus_per_node" \
+  --ntasks="$gpus" \
+  --ntasks-per-node="$gpus_per_node" \
+  --cpus-per-task="${CPUS_PER_TASK:-8}" \
+  --kill-on-bad-exit=1 \
+  ${SRUN_ARGS:-} \
+  "${PYTHON:-python}" -u "$(dirname "$0")/test.py" "$config" "$checkpoint" \
+  --launcher slurm "$@"
