@@ -106,9 +106,13 @@ def load_checkpoint_file(path: str) -> dict:
             checkpoint = torch.load(
                 path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch wraps the reason in paragraphs of advice
         wanted = re.search(r'GLOBAL (\S+)', str(error))
-        reason = (f'it asks for {wanted.group(1)}, which a checkpoint must '
-                  'not' if wanted else str(error).splitlines()[0])
+        reason = re.search(r'error:\s*(.*)', str(error))
+        if wanted:
+            reason = f'it asks for {wanted.group(1)}, which is not allowed'
+        else:
+            reason = reason.group(1) if reason else str(error)
         raise CheckpointError(f'refused to load {path}: {reason}') from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError,
             AttributeError, IndexError, AssertionError) as error:

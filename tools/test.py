@@ -78,7 +78,7 @@ def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_data(cfg, ['test_dataloader'])
-    init_processes(args)
+    init_processes(cfg, args)
     runner = Runner.from_cfg(cfg)
     if args.out and args.out.endswith('.pkl'):
         runner.test_evaluator.metrics.append(

@@ -57,7 +57,7 @@ def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
-    init_processes(args)
+    init_processes(cfg, args)
     Runner.from_cfg(cfg).train()
 
 

@@ -7,6 +7,14 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'))
 
+custom_hooks = [
+    # With seed_worker and no persistent workers in the train loader: a
+    # resumed run ends with the weights of an unbroken one.
+    dict(type='EpochSeedHook'),
+    # The log of several processes is that of one with the joint batch.
+    dict(type='MeanLossHook'),
+]
+
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

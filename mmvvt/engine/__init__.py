@@ -1,6 +1,8 @@
 """What training needs beside the model."""
 
 from .optim_wrapper import auto_amp_optim_wrapper
-from .reproducible import EpochSeedHook, seed_worker
+from .reproducible import EpochSeedHook, MeanLossHook, seed_worker
 
-__all__ = ['EpochSeedHook', 'auto_amp_optim_wrapper', 'seed_worker']
+__all__ = [
+    'EpochSeedHook', 'MeanLossHook', 'auto_amp_optim_wrapper', 'seed_worker'
+]

@@ -90,15 +90,27 @@ def load_config(args: Namespace) -> Config:
     return cfg
 
 
-def init_processes(args: Namespace) -> None:
+def init_processes(cfg: Config, args: Namespace) -> None:
     """Join the process group where there is no GPU to bind to.
 
-    mmengine's ``init_dist`` selects a CUDA device first and so fails on a
-    machine without one; it leaves a group that is already there alone.
+    mmengine binds each process to a CUDA device, first when it joins the
+    group and again when it wraps the model. It leaves a group that is there
+    already alone, and takes the wrapper's arguments from the config.
+
+    Args:
+        cfg (Config): ``model_wrapper_cfg`` is set in it where needed.
+        args (Namespace): With ``launcher`` and ``local_rank``.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.launcher == 'pytorch' and not torch.cuda.is_available():
-        torch.distributed.init_process_group('gloo')
+    if args.launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    torch.distributed.init_process_group('gloo')
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    wrapper.update(cfg.get('model_wrapper_cfg') or {})
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
 
 
 # -- data that is not there ---------------------------------------------------
@@ -115,12 +127,26 @@ def _datasets(dataset: dict) -> Iterator[dict]:
         yield from _datasets(part)
 
 
+def dataset_class(dataset: dict) -> Optional[type]:
+    """Class of a data set's config, looked up in the current scope.
+
+    Args:
+        dataset (dict): With ``type``, a name or a class.
+
+    Returns:
+        type | None: None if there is no such name.
+    """
+    if not isinstance(dataset['type'], str):
+        return dataset['type']
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        return registry.get(dataset['type'])
+
+
 def _fetches_itself(dataset: dict) -> bool:
     """Whether the class makes or downloads its files where absent."""
-    cls = DATASETS.get(dataset['type']) if isinstance(
-        dataset['type'], str) else dataset['type']
+    cls = dataset_class(dataset)
     if cls is None:
-        return False
+        return False  # the runner will say that there is none
     parameter = inspect.signature(cls.__init__).parameters.get('download')
     return parameter is not None and dataset.get('download',
                                                  parameter.default)

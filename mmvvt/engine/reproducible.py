@@ -1,10 +1,11 @@
-"""Random numbers that are a function of the seed and the epoch alone."""
+"""Hooks that make a run the same whether it is broken off and resumed, or
+spread over several processes."""
 
 import random
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import FUNCTIONS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop
@@ -64,3 +65,29 @@ def seed_worker(worker_id: int) -> None:
             to its seed.
     """
     _seed_everything(torch.initial_seed())
+
+
+@HOOKS.register_module()
+class MeanLossHook(Hook):
+    """Logs the mean of the losses over all processes.
+
+    mmengine logs those of the first process, which has seen a part of the
+    batch. With this, the log of several processes is that of one with the
+    joint batch.
+    """
+
+    priority = 'HIGHEST'  # before RuntimeInfoHook takes them for the log
+
+    def after_train_iter(self,
+                         runner,
+                         batch_idx: int,
+                         data_batch=None,
+                         outputs=None) -> None:
+        """Replace each loss by its mean."""
+        if get_world_size() == 1:
+            return
+        for name, value in outputs.items():
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                value = value.detach().clone()
+                all_reduce(value, op='mean')
+                outputs[name] = value

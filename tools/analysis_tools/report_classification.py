@@ -5,12 +5,11 @@ import os
 import sys
 
 import mmengine
-from mmengine.registry import DATASETS
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
 from mmvvt.analysis.prediction_sheet import draw_sheet
 from mmvvt.analysis.training_curves import plot_curves
-from mmvvt.engine.cli import read_config
+from mmvvt.engine.cli import dataset_class, read_config
 
 
 def parse_args():
@@ -28,7 +27,7 @@ def main():
         if not os.path.exists(path):
             sys.exit(f'error: no such file or folder: {path}')
     cfg = read_config(args.config)
-    classes = DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO['classes']
+    classes = dataset_class(cfg.test_dataloader.dataset).METAINFO['classes']
     predictions = mmengine.load(args.predictions)
     right = sum(
         int(sample['pred_label']) == int(sample['gt_label'])

@@ -1,0 +1,262 @@
+"""Official checkpoints to ours and back, and what torch.load refuses."""
+
+import argparse
+import builtins
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN_ARCH, relative_error
+from mmengine.logging import MessageHub
+from mmengine.utils import digit_version
+
+from mmvvt.arch import ARCH_SETTINGS, resolve_arch
+from mmvvt.checkpoint import (CheckpointError, convert_official,
+                              convert_to_official, infer_arch,
+                              load_checkpoint_file, official_shapes,
+                              save_checkpoint_file)
+
+SAFE_BY_DEFAULT = digit_version(torch.__version__) >= digit_version('2.6')
+
+
+def official_state(arch='tiny', num_classes=10):
+    """Random tensors under official keys."""
+    shapes = official_shapes(resolve_arch(arch), num_classes)
+    return {key: torch.randn(shape) for key, shape in shapes.items()}
+
+
+@pytest.fixture(scope='module')
+def state():
+    return official_state()
+
+
+@pytest.mark.parametrize('name', ARCH_SETTINGS)
+def test_tells_the_architecture(name):
+    shapes = official_shapes(resolve_arch(name), 1000)
+    tensors = {k: torch.empty(s, device='meta') for k, s in shapes.items()}
+    assert convert_official(tensors)['meta'] == dict(arch=name)
+
+
+def test_converted_tensors(state):
+    converted = convert_official(state)['state_dict']
+    assert len(converted) == len(state)
+    for key, tensor in state.items():
+        ours = (f'head.fc.{key[5:]}'
+                if key.startswith('head.') else f'backbone.{key}')
+        assert converted[ours] is tensor
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda s: s,
+    lambda s: {'model': s},
+    lambda s: {f'module.{k}': t for k, t in s.items()},
+    lambda s: {'model': {f'module.{k}': t for k, t in s.items()},
+               'optimizer': {}, 'lr_scheduler': {}, 'epoch': 299,
+               'scaler': {}, 'args': argparse.Namespace(lr=5e-4, data='d')},
+])  # yapf: disable
+def test_every_kind_of_official_file(state, wrap, tmp_path):
+    path = tmp_path / 'official.pth'
+    torch.save(wrap(state), path)
+    converted = convert_official(load_checkpoint_file(str(path)))
+    back = convert_to_official(converted)['model']
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_golden_network_keeps_its_numbers(golden):
+    """A converted checkpoint in the classifier that mmpretrain builds."""
+    from mmpretrain.registry import MODELS
+    file = golden['backbone']
+    official = {
+        k[len('weight/'):]: torch.from_numpy(file[k])
+        for k in file.files if k.startswith('weight/')
+    }
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='VVT', arch=GOLDEN_ARCH),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=10, in_channels=48)))
+    model.load_state_dict(
+        convert_official(official, GOLDEN_ARCH)['state_dict'])
+    for image in ('square', 'wide', 'odd'):
+        logits = model(torch.from_numpy(file[f'{image}/input']))
+        assert relative_error(logits, file[f'{image}/logits']) < 1e-5
+
+
+def test_state_with_se_and_spatial_reduction():
+    arch = {**GOLDEN_ARCH, 'sr_ratios': [4, 2, 1, 1]}
+    shapes = official_shapes(resolve_arch(arch), 5, in_channels=1, se_ratio=2)
+    tensors = {k: torch.zeros(s) for k, s in shapes.items()}
+    found = infer_arch(tensors)
+    assert found['sr_ratios'] == [4, 2, 1, 1]
+    assert found['embed_dims'] == GOLDEN_ARCH['embed_dims']
+    assert convert_official(tensors, arch)['meta'] == dict(arch='custom')
+
+
+def drop(state, *prefixes):
+    return {k: t for k, t in state.items() if not k.startswith(prefixes)}
+
+
+@pytest.mark.parametrize('change,message', [
+    (lambda s: drop(s, 'block3.1.'), r'no published architecture: .*depths '
+     r'\[2, 2, 1, 2\].*truncated'),
+    (lambda s: drop(s, 'norm4.'), 'do not fit arch tiny: missing '
+     'norm4.bias, norm4.weight'),
+    (lambda s: drop(s, 'head.'), 'no head.weight'),
+    (lambda s: drop(s, 'patch_embed1'), 'no VVT checkpoint: there is no '
+     'patch_embed1.proj.weight'),
+    (lambda s: {'fc.weight': torch.zeros(2, 2)}, 'no VVT checkpoint'),
+    (lambda s: {**s, 'pos_embed': torch.zeros(1)}, 'unknown pos_embed'),
+    (lambda s: {**s, 'norm2.bias': torch.zeros(3)}, r'norm2.bias has shape '
+     r'\(3,\), arch tiny needs \(160,\)'),
+    (lambda s: {**s, 'norm2.bias': 'x'}, 'norm2.bias is no floating-point'),
+    (lambda s: {**s, 'norm2.bias': torch.zeros(160).long()}, 'norm2.bias is '
+     'no floating-point'),
+    (lambda s: {'model': {}}, "'model' holds no tensors"),
+    (lambda s: {1: 2}, 'keys of the tensors are no strings'),
+])
+def test_unusable_states(state, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert_official(change(dict(state)))
+
+
+def test_mismatched_architecture(state):
+    with pytest.raises(CheckpointError, match=r'not of arch small: depths '
+                       r'\[2, 2, 2, 2\] instead of \[3, 3, 9, 3\]'):
+        convert_official(state, 'small')
+
+
+def test_reverse_refuses_foreign_keys(state):
+    converted = convert_official(state)
+    converted['state_dict']['decode_head.weight'] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match='decode_head.weight belongs'):
+        convert_to_official(converted)
+
+
+def test_unreadable_files(state, tmp_path):
+    whole = tmp_path / 'whole.pth'
+    torch.save(state, whole)
+    data = whole.read_bytes()
+    cut = tmp_path / 'cut.pth'
+    for share in (0, 0.1, 0.5, 0.999):
+        cut.write_bytes(data[:int(len(data) * share)])
+        with pytest.raises(CheckpointError, match='truncated or no PyTorch'):
+            load_checkpoint_file(str(cut))
+    cut.write_text('404: Not Found\n')
+    with pytest.raises(CheckpointError):
+        load_checkpoint_file(str(cut))
+    torch.save([1, 2], cut)
+    with pytest.raises(CheckpointError, match='holds a list'):
+        load_checkpoint_file(str(cut))
+    with pytest.raises(CheckpointError, match='no such checkpoint file'):
+        load_checkpoint_file(str(tmp_path / 'absent.pth'))
+
+
+class Smuggler:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+class HubGetattr:
+    """Pickles as ``getattr(HistoryBuffer, name)``, as mmengine's do."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __reduce__(self):
+        from mmengine.logging import HistoryBuffer
+        return builtins.getattr, (HistoryBuffer, self.name)
+
+
+@pytest.mark.parametrize('content,message', [
+    (Smuggler(os.system, 'echo'), 'system'),
+    (Smuggler(builtins.eval, '1'), 'eval'),
+    (Smuggler(builtins.getattr, np.ndarray, 'tofile'), 'getattr'),
+    (HubGetattr('__init__'), 'getattr'),
+    (HubGetattr('register_statistics'), 'getattr'),
+])
+def test_smuggled_code_is_refused(content, message, tmp_path):
+    marker = tmp_path / 'executed'
+    if message == 'system':
+        content = Smuggler(os.system, f'touch {marker}')
+    path = tmp_path / 'bad.pth'
+    torch.save({'state_dict': {}, 'message_hub': content}, path)
+    with pytest.raises(CheckpointError, match=f'refused to load.*{message}'):
+        load_checkpoint_file(str(path))
+    if SAFE_BY_DEFAULT:
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path)
+    assert not marker.exists()
+
+
+def test_namespace_is_allowed_while_converting_alone(tmp_path):
+    path = tmp_path / 'official.pth'
+    torch.save({'args': argparse.Namespace(a=1)}, path)
+    assert load_checkpoint_file(str(path))['args'].a == 1
+    if SAFE_BY_DEFAULT:
+        with pytest.raises(pickle.UnpicklingError, match='Namespace'):
+            torch.load(path)
+
+
+def test_runner_checkpoints_load_with_the_safe_default(tmp_path):
+    hub = MessageHub.get_instance('test_checkpoint')
+    hub.update_scalar('loss', 2.5)
+    hub.update_scalar('loss', 1.5)
+    path = tmp_path / 'epoch_1.pth'
+    numbers = {
+        kind: np.dtype(kind).type(1)
+        for kind in ('f4', 'f8', 'i4', 'i8', 'u1', '?')
+    }
+    torch.save({'message_hub': hub.state_dict(), 'numbers': numbers,
+                'array': np.arange(3)}, path)
+    loaded = torch.load(path)
+    buffer = loaded['message_hub']['log_scalars']['loss']
+    assert buffer.mean() == 2. and buffer.statistics('min') == 1.5
+    assert loaded['numbers'] == numbers
+    assert loaded['array'].tolist() == [0, 1, 2]
+
+
+@pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
+def test_names_of_the_other_numpy_are_known(tmp_path):
+    """NumPy 1 writes numpy.core, NumPy 2 numpy._core."""
+    path, other = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    torch.save(np.arange(3.), path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other,
+                                                          'w') as target:
+        for item in source.namelist():
+            data = source.read(item)
+            if item.endswith('data.pkl'):
+                swapped = data.replace(b'numpy._core.', b'numpy.core.')
+                if swapped == data:
+                    swapped = data.replace(b'numpy.core.', b'numpy._core.')
+                assert swapped != data
+                data = swapped
+            target.writestr(item, data)
+    assert torch.load(other).tolist() == [0, 1, 2]
+
+
+def test_saves_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / 'out.pth'
+    save_checkpoint_file({'a': 1}, str(path))
+    before = path.read_bytes()
+
+    def fail(checkpoint, file):
+        file.write(b'half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(OSError, match='disk full'):
+        save_checkpoint_file({'a': 2}, str(path))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['out.pth']
+    with pytest.raises(CheckpointError, match='no such folder'):
+        save_checkpoint_file({}, str(tmp_path / 'none' / 'out.pth'))

@@ -1,0 +1,131 @@
+"""Every config loads and builds, and its metafile tells the truth."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
+
+from mmvvt.analysis.flops import count
+
+CONFIGS = sorted(
+    p.relative_to(ROOT) for p in (ROOT / 'configs').rglob('*.py')
+    if '_base_' not in p.parts)
+CLASSIFIERS = [p for p in CONFIGS if p.parts[1] == 'classification']
+# Keys of the MMCV 1 generation, which the runner would ignore
+OLD_KEYS = {
+    'lr_config', 'optimizer', 'optimizer_config', 'runner', 'data',
+    'evaluation', 'checkpoint_config', 'log_config', 'workflow', 'total_epochs'
+}
+
+
+@pytest.fixture(autouse=True)
+def _keep_scope():
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        yield
+
+
+def build(cfg):
+    init_default_scope(cfg.default_scope)
+    registry = __import__(
+        f'{cfg.default_scope}.registry', fromlist=['MODELS']).MODELS
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return registry.build(cfg.model)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_config(path):
+    cfg = Config.fromfile(ROOT / path)
+    assert not OLD_KEYS & set(cfg), 'keys of the MMCV 1 generation'
+    assert cfg.custom_imports.imports == ['mmvvt']
+    assert cfg.auto_scale_lr.base_batch_size > 0
+    assert {'type': 'EpochSeedHook'} in cfg.custom_hooks
+    model = build(cfg)
+    channels = cfg.model.backbone.get('in_channels', 3)
+    model.eval()
+    with torch.no_grad():
+        features = model.backbone(torch.randn(1, channels, 64, 64))
+    assert all(f.isfinite().all() for f in features)
+    # GPUs x batch in the name is what the learning rate is for
+    named = re.search(r'_(\d+)xb(\d+)', path.stem)
+    if named:
+        gpus, batch = map(int, named.groups())
+        assert cfg.train_dataloader.batch_size == batch
+        assert cfg.auto_scale_lr.base_batch_size == gpus * batch
+
+
+@pytest.mark.parametrize('path', CLASSIFIERS, ids=lambda p: p.stem)
+def test_classifier_recipe(path):
+    cfg = Config.fromfile(ROOT / path)
+    if 'in1k' in path.stem or 'cifar100' in path.stem:
+        tiny = 'tiny' in path.stem
+        assert cfg.model.backbone.arch == path.stem.split('_')[0][4:]
+        assert cfg.model.backbone.drop_path_rate == (0.1 if tiny else 0.3)
+        clip = cfg.optim_wrapper.get('clip_grad')
+        assert clip == (None if tiny else dict(max_norm=1.0))
+        assert cfg.optim_wrapper.type == 'AutoAmpOptimWrapper'
+        assert cfg.train_dataloader.sampler.type == 'RepeatAugSampler'
+        classes = 100 if 'cifar100' in path.stem else 1000
+        assert cfg.model.head.num_classes == classes
+        assert cfg.data_preprocessor.num_classes == classes
+        epochs = 30 if '384px' in path.stem else 300
+        assert cfg.train_cfg.max_epochs == epochs
+        assert cfg.param_scheduler[-1].end == epochs
+    assert cfg.train_dataloader.persistent_workers is False
+    assert cfg.train_dataloader.worker_init_fn.type == 'seed_worker'
+
+
+@pytest.mark.parametrize('path', [p for p in CLASSIFIERS if 'in1k' in p.stem],
+                         ids=lambda p: p.stem)
+def test_classifier_pipelines_run(path, tmp_path):
+    """On an image larger and one smaller than the crop."""
+    import cv2
+    import numpy as np
+    from mmengine.dataset import Compose
+    size = 384 if '384px' in path.stem else 224
+    cfg = Config.fromfile(ROOT / path)
+    init_default_scope('mmpretrain')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        for pipeline in (cfg.train_dataloader.dataset.pipeline,
+                         cfg.test_dataloader.dataset.pipeline):
+            for shape in ((500, 420, 3), (90, 120, 3)):
+                file = tmp_path / 'image.png'
+                cv2.imwrite(str(file), np.full(shape, 99, np.uint8))
+                packed = Compose(pipeline)(
+                    dict(img_path=str(file), gt_label=1))
+                assert packed['inputs'].shape == (3, size, size)
+
+
+def test_metafiles_list_every_recipe_and_count_right():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    listed = {}
+    for name in index['Import']:
+        for model in yaml.safe_load((ROOT / name).read_text())['Models']:
+            listed[model['Config']] = model
+    recipes = {str(p) for p in CONFIGS if p.parts[1] != 'demo'}
+    assert set(listed) == recipes
+    for path, model in listed.items():
+        if not path.startswith('configs/classification'):
+            continue
+        cfg = Config.fromfile(ROOT / path)
+        size = 384 if '384px' in path else 32 if 'fashion' in path else 224
+        channels = cfg.model.backbone.get('in_channels', 3)
+        if 'medium' in path or 'large' in path:
+            continue  # as small, only slower
+        found = count(build(cfg).eval(), (1, channels, size, size))
+        assert model['Metadata']['Parameters'] == found.parameters, path
+        assert model['Metadata']['FLOPs'] == pytest.approx(
+            found.multiply_adds, rel=5e-3), path
+
+
+@pytest.mark.parametrize('name,gmacs', [('tiny', 3.0), ('small', 5.6),
+                                        ('medium', 9.4), ('large', 10.8)])
+def test_published_multiply_adds(name, gmacs):
+    """The paper's table, which is rounded to a tenth."""
+    cfg = Config.fromfile(
+        ROOT / f'configs/classification/vvt-{name}_8xb128_in1k.py')
+    found = count(build(cfg), (1, 3, 224, 224))
+    assert found.multiply_adds / 1e9 == pytest.approx(gmacs, abs=0.06)

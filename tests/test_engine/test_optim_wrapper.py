@@ -1,0 +1,64 @@
+"""Mixed precision with and without a GPU, and weight decay by layer."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
+from mmengine.registry import OPTIM_WRAPPERS
+
+from conftest import ROOT
+
+from mmvvt.engine import optim_wrapper
+
+
+def build(**options):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    return parameter, OPTIM_WRAPPERS.build(
+        dict(
+            type='AutoAmpOptimWrapper',
+            optimizer=torch.optim.SGD([parameter], lr=1.),
+            **options))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_float32_on_the_cpu_and_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(optim_wrapper, 'print_log',
+                        lambda message, **_: said.append(message))
+    parameter, wrapper = build(
+        loss_scale='dynamic', dtype='float16', clip_grad=dict(max_norm=1.))
+    assert len(said) == 1 and 'No GPU' in said[0] and 'float32' in said[0]
+    model = torch.nn.Linear(2, 2)
+    with wrapper.optim_context(model):
+        assert model(torch.ones(1, 2)).dtype == torch.float32
+    wrapper.update_params((parameter * torch.tensor([30., 40.])).sum())
+    # the gradient, of norm 50, was clipped to norm 1
+    torch.testing.assert_close(parameter.data, torch.tensor([0.4, 0.2]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_mixed_precision_on_a_gpu():
+    assert isinstance(build()[1], AmpOptimWrapper)
+
+
+@pytest.mark.parametrize('name', [
+    'classification/vvt-tiny_8xb128_in1k.py',
+    'classification/vvt-tiny_8xb128_cifar100.py',
+    'demo/vvt-nano_digits.py',
+])
+def test_no_weight_decay_on_biases_and_norms(name):
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    from mmpretrain.registry import MODELS
+    model = MODELS.build(cfg.model)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    decay = {
+        id(group['params'][0]): group['weight_decay']
+        for group in wrapper.optimizer.param_groups
+    }
+    kinds = set()
+    for key, parameter in model.named_parameters():
+        # biases, and the weights of norms, are the one-dimensional ones
+        expected = 0. if parameter.ndim == 1 else 0.05
+        assert decay[id(parameter)] == expected, key
+        kinds.add(expected)
+    assert kinds == {0., 0.05}
