@@ -218,12 +218,12 @@ def main() -> None:
         make_venv()
     STAMP.unlink(missing_ok=True)
 
-    # torch by itself: it is most of the download, and mmcv is built with it.
+    # torch by itself: it is most of the download.
     torch_lines = [
         line for line in REQUIREMENTS['demo'].read_text().splitlines()
-        if line.startswith(('torch==', 'torchvision=='))
+        if line.startswith(('torch==', 'torchvision==', 'numpy=='))
     ]
-    pip(f'installing {" ".join(torch_lines)} (the largest download)',
+    pip(f'installing {", ".join(torch_lines)} (the largest download)',
         'install', *torch_lines)
     pip(f'installing {REQUIREMENTS[kind].relative_to(ROOT)}', 'install', '-r',
         str(REQUIREMENTS[kind]))

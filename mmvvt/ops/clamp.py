@@ -8,7 +8,7 @@ CLAMP_MIN, CLAMP_MAX = 1e-4, 1e4
 
 
 class _MagnitudeClamp(torch.autograd.Function):
-    """Keeps one byte an element for the backward pass instead of four copies."""
+    """Keeps one byte an element for the backward pass, not four copies."""
 
     @staticmethod
     def forward(ctx, t: Tensor) -> Tensor:

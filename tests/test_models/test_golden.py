@@ -99,7 +99,10 @@ def run_backbone(golden, image, dtype, backend='torch', noise=0., seed=0):
 def test_attention(golden, case, dtype, backend):
     errors = run_attention(golden, case, dtype, backend)
     output, grad = TOLERANCE[dtype]
-    assert errors.pop('output') < output
+    out_error = errors.pop('output')
+    print(f'{case} {dtype} {backend}: output {out_error:.1e}, worst gradient '
+          f'{max(errors.values()):.1e}')  # shown by pytest -rP
+    assert out_error < output
     for name, error in errors.items():
         assert error < grad, name
 
@@ -110,6 +113,9 @@ def test_attention(golden, case, dtype, backend):
 def test_backbone(golden, image, dtype, backend):
     outputs, grads = run_backbone(golden, image, dtype, backend)
     output_tolerance, grad_tolerance = TOLERANCE[dtype]
+    print(f'{image} {dtype} {backend}: worst output '
+          f'{max(outputs.values()):.1e}, worst gradient '
+          f'{max(grads.values()):.1e}')  # shown by pytest -rP
     for name, error in outputs.items():
         assert error < output_tolerance, name
     if dtype == torch.float32:

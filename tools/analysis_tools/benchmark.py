@@ -7,6 +7,7 @@ have been compared.
 """
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -60,7 +61,7 @@ def main():
         error = check_same(*[m.eval() for m in models], image, 1e-3)
         for name, step in (('forward', forward), ('train step', train_step)):
             timings = alternate(
-                [lambda m=m: step(m, image) for m in models], args.runs)
+                [partial(step, model, image) for model in models], args.runs)
             cells = [
                 f'{batch / t.median:.2f} ({batch / t.high:.2f} to '
                 f'{batch / t.low:.2f})' for t in timings

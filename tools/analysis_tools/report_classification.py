@@ -51,9 +51,10 @@ def main():
     print(f'\ntop-1: {top1:.2f} % ({right} of {total} held-out images)')
     print(f'curves: {curves}')
     print(f'predictions: {sheet}')
+    show_dir = os.path.join(args.work_dir, 'show')
     print('next, draw each of them with its prediction: '
           f'{os.path.relpath(sys.executable)} tools/test.py {args.config} '
-          f'{args.checkpoint} --show-dir {os.path.join(args.work_dir, "show")}')
+          f'{args.checkpoint} --show-dir {show_dir}')
 
 
 if __name__ == '__main__':
