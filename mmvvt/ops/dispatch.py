@@ -132,10 +132,10 @@ def vicinity_attention(q: Tensor,
     """
     _check_arguments(q, k, v, locality)
     query_shape = _check_grid('spatial_shape', spatial_shape, q.shape[2], 'q')
-    key_shape = query_shape if key_shape is None else key_shape
-    key_shape = _check_grid(
-        'spatial_shape' if key_shape is query_shape else 'key_shape',
-        key_shape, k.shape[2], 'k')
+    if key_shape is None:
+        key_shape = _check_grid('spatial_shape', query_shape, k.shape[2], 'k')
+    else:
+        key_shape = _check_grid('key_shape', key_shape, k.shape[2], 'k')
     backend = check_backend(backend)
 
     dtype = q.dtype

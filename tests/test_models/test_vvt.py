@@ -232,6 +232,18 @@ def test_compiles_in_one_graph():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_compiles_for_any_size():
+    model = nano(out_indices=ALL).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend='aot_eager')
+    with torch.no_grad():
+        for size in ((64, 64), (96, 80), (70, 45)):
+            x = torch.randn(1, 3, *size)
+            for out, want in zip(compiled(x), model(x)):
+                assert relative_error(out, want) < 1e-5
+
+
 def test_compiles_under_autocast():
     model = nano(out_indices=ALL)
     x = torch.randn(1, 3, 64, 48)
