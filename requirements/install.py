@@ -77,7 +77,7 @@ def run(title: str,
         def follow():
             for line in process.stdout:
                 file.write(line)
-                if line.strip():
+                if line.strip() and not line.startswith('WARNING'):
                     last[0] = line.strip()
 
         reader = threading.Thread(target=follow, daemon=True)
