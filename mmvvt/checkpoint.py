@@ -18,9 +18,6 @@ from .arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
 
 State = Dict[str, Tensor]
 
-HISTORY_METHODS = ('min', 'max', 'current', 'mean')
-
-
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
 
@@ -28,18 +25,72 @@ class CheckpointError(ValueError):
 # -- what torch.load may unpickle ---------------------------------------------
 
 
-def _history_buffer_method(owner, name):
-    """What a checkpoint gets where it asks for ``builtins.getattr``.
+# Stand-ins for what a runner's checkpoint asks for. Each gives plain numbers,
+# and checks its arguments: a file may call them with anything. No function and
+# no class leaves them, which another call in the file could be made to change.
 
-    mmengine pickles the statistics methods of its log buffers by way of
-    ``getattr``. The real one would open every attribute of every allowed
-    class to the file.
+HISTORY_METHODS = ('min', 'max', 'current', 'mean')
+NUMERIC_KINDS = 'biufc'
+
+
+class _LoadedHistoryBuffer(HistoryBuffer):
+    """Becomes mmengine's log buffer once its numbers have been checked.
+
+    mmengine's own would take statistics methods from the file, for all
+    buffers of the process.
     """
-    if owner is HistoryBuffer and name in HISTORY_METHODS:
-        return getattr(HistoryBuffer, name)
+
+    def __setstate__(self, state: dict) -> None:
+        log, count = state.get('_log_history'), state.get('_count_history')
+        for array in (log, count):
+            if not (type(array) is np.ndarray and array.ndim == 1
+                    and array.dtype.kind in NUMERIC_KINDS):
+                raise pickle.UnpicklingError(
+                    'a log buffer must hold one-dimensional arrays of numbers')
+        if len(log) != len(count) or type(state.get('max_length')) is not int:
+            raise pickle.UnpicklingError(
+                'the parts of a log buffer do not fit each other')
+        self.__class__ = HistoryBuffer
+        self.__init__(log, count, state['max_length'])
+
+
+def _history_method_name(owner, name):
+    """For ``builtins.getattr``, by which mmengine pickles the buffer's
+    statistics methods. The buffer has them already: their names will do."""
+    if owner is _LoadedHistoryBuffer and name in HISTORY_METHODS:
+        return name
     raise pickle.UnpicklingError(
         f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint; '
         f'allowed are the methods {HISTORY_METHODS} of HistoryBuffer')
+
+
+def _numeric_dtype(code, align=False, copy=False):
+    """For ``numpy.dtype``: a number's, and never a copy, which the file could
+    change after an array has taken it."""
+    if isinstance(code, str):
+        dtype = np.dtype(code)
+        if dtype.kind in NUMERIC_KINDS:
+            return dtype
+    raise pickle.UnpicklingError(f'an array of {code!r} is not allowed in a '
+                                 'checkpoint; allowed are numbers')
+
+
+def _empty_array(subtype, shape, code):
+    """For NumPy's ``_reconstruct``: an array that its state will fill."""
+    if subtype is not np.ndarray or shape != (0, ):
+        raise pickle.UnpicklingError(
+            f'an array of type {subtype!r} and shape {shape!r} is not allowed '
+            'to begin with; allowed is an empty ndarray')
+    return np.empty(0, np.int8)
+
+
+def _numeric_scalar(dtype, data):
+    """For NumPy's ``scalar``: a number."""
+    if (isinstance(dtype, np.dtype) and dtype.kind in NUMERIC_KINDS
+            and isinstance(data, bytes)):
+        return np.frombuffer(data, dtype, count=1)[0]
+    raise pickle.UnpicklingError(f'a scalar of {dtype!r} is not allowed in a '
+                                 'checkpoint; allowed are numbers')
 
 
 def register_safe_globals() -> None:
@@ -47,29 +98,27 @@ def register_safe_globals() -> None:
 
     Since torch 2.6 ``torch.load`` unpickles tensors and plain containers
     alone, and refuses the log buffers in the runner's checkpoints. This
-    allow-lists the buffer, the pieces of a NumPy array, and in place of
-    ``builtins.getattr`` a function that gives the buffer's statistics
-    methods and nothing else. Older versions of torch read everything by
-    default and are left as they are.
+    allow-lists the buffer and the pieces of an array of numbers, each through
+    a stand-in that gives nothing else. Older versions of torch read
+    everything by default and are left as they are.
     """
     if digit_version(torch.__version__) < digit_version('2.6'):
         return
-    multiarray = getattr(np, '_core', None) or np.core
-    reconstruct = multiarray.multiarray._reconstruct
-    scalar = multiarray.multiarray.scalar
-    numeric_types = '?bhilqBHILQefdgFDGSU'
+    numeric_types = '?bhilqBHILQefdgFDG'
     torch.serialization.add_safe_globals([
-        HistoryBuffer,
-        (_history_buffer_method, 'builtins.getattr'),
+        (_LoadedHistoryBuffer,
+         'mmengine.logging.history_buffer.HistoryBuffer'),
+        (_history_method_name, 'builtins.getattr'),
         np.ndarray,
-        np.dtype,
+        (_numeric_dtype, 'numpy.dtype'),
+        # The state of a dtype follows; it changes nothing in NumPy's own.
         *{type(np.dtype(code))
           for code in numeric_types},
         # NumPy 2 moved these; a checkpoint may come from either side.
-        (reconstruct, 'numpy._core.multiarray._reconstruct'),
-        (reconstruct, 'numpy.core.multiarray._reconstruct'),
-        (scalar, 'numpy._core.multiarray.scalar'),
-        (scalar, 'numpy.core.multiarray.scalar'),
+        (_empty_array, 'numpy._core.multiarray._reconstruct'),
+        (_empty_array, 'numpy.core.multiarray._reconstruct'),
+        (_numeric_scalar, 'numpy._core.multiarray.scalar'),
+        (_numeric_scalar, 'numpy.core.multiarray.scalar'),
     ])
 
 
@@ -90,7 +139,8 @@ def load_checkpoint_file(path: str) -> dict:
     Args:
         path (str): A file written by ``torch.save``. Besides tensors and
             plain containers it may hold an ``argparse.Namespace``, as
-            official training files do, and mmengine's log buffers.
+            official training files do, and, with torch 2.6 or newer,
+            mmengine's log buffers.
 
     Returns:
         dict: What the file holds, on the CPU.
@@ -114,8 +164,7 @@ def load_checkpoint_file(path: str) -> dict:
         else:
             reason = reason.group(1) if reason else str(error)
         raise CheckpointError(f'refused to load {path}: {reason}') from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError,
-            AttributeError, IndexError, AssertionError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else 'end of file'
         raise CheckpointError(f'{path} is truncated or no PyTorch checkpoint '
                               f'({reason})') from error
@@ -133,12 +182,15 @@ def save_checkpoint_file(checkpoint: dict, path: str) -> None:
         path (str): Where to.
 
     Raises:
-        CheckpointError: If the folder does not exist.
+        CheckpointError: If it cannot be written there, with the reason.
     """
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise CheckpointError(f'no such folder to write {path} to: {folder}')
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
+    except OSError as error:
+        raise CheckpointError(f'cannot write {path}: {error}') from error
     try:
         with os.fdopen(handle, 'wb') as file:
             torch.save(checkpoint, file)
@@ -147,8 +199,10 @@ def save_checkpoint_file(checkpoint: dict, path: str) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's, disk full
+            raise CheckpointError(f'cannot write {path}: {error}') from error
         raise
 
 
@@ -207,6 +261,17 @@ def official_shapes(arch: dict,
     return shapes
 
 
+def _size(state: State, key: str, axis: int) -> int:
+    """Length of a tensor that must be there, 1 at least."""
+    if key not in state:
+        raise CheckpointError(f'no VVT classifier: there is no {key}')
+    tensor = state[key]
+    if not isinstance(tensor, Tensor) or tensor.dim() <= axis:
+        raise CheckpointError(f'no VVT classifier: {key} is no weight of a '
+                              'layer')
+    return max(tensor.shape[axis], 1)
+
+
 def infer_arch(state: State) -> dict:
     """Tell the architecture from the tensors of an official checkpoint.
 
@@ -222,29 +287,22 @@ def infer_arch(state: State) -> dict:
         CheckpointError: If the tensors that tell it are not there.
     """
 
-    def size(key: str, axis: int) -> int:
-        if key not in state:
-            raise CheckpointError(f'no VVT checkpoint: there is no {key}')
-        tensor = state[key]
-        if not isinstance(tensor, Tensor) or tensor.dim() <= axis:
-            raise CheckpointError(f'no VVT checkpoint: {key} is no weight of '
-                                  'a layer')
-        return max(tensor.shape[axis], 1)
-
     arch: dict = {
         key: []
         for key in ('embed_dims', 'mlp_ratios', 'depths', 'fr_ratios',
                     'sr_ratios')
     }
     for i in range(1, NUM_STAGES + 1):
-        dims = size(f'patch_embed{i}.proj.weight', 0)
+        dims = _size(state, f'patch_embed{i}.proj.weight', 0)
         first = f'block{i}.0'
         arch['embed_dims'].append(dims)
-        arch['mlp_ratios'].append(size(f'{first}.mlp.fc1.weight', 0) // dims)
+        arch['mlp_ratios'].append(
+            _size(state, f'{first}.mlp.fc1.weight', 0) // dims)
         arch['fr_ratios'].append(
-            dims // size(f'{first}.attn.q_proj.weight', 0))
+            dims // _size(state, f'{first}.attn.q_proj.weight', 0))
         sr_key = f'{first}.attn.sr.weight'
-        arch['sr_ratios'].append(size(sr_key, 2) if sr_key in state else 1)
+        arch['sr_ratios'].append(
+            _size(state, sr_key, 2) if sr_key in state else 1)
         pattern = re.compile(rf'block{i}\.(\d+)\.')
         found = [int(m.group(1)) for m in map(pattern.match, state) if m]
         arch['depths'].append(max(found) + 1)
@@ -292,18 +350,15 @@ def _check_tensors(state: State, arch: Optional[Union[str, dict]]) -> str:
         if wrong:
             raise CheckpointError(f'the tensors are not of arch {name}: '
                                   f'{"; ".join(wrong)}')
-    if 'head.weight' not in state:
-        raise CheckpointError('the classifier is missing: there is no '
-                              'head.weight')
-    gate = state.get('block1.0.attn.se_fc.0.weight')
     se_ratio = 1
-    if isinstance(arch, dict) and gate is not None and gate.shape[0]:
-        se_ratio = expected_arch['embed_dims'][0] // gate.shape[0]
+    if isinstance(arch, dict):  # published models have no other
+        gate = _size(state, 'block1.0.attn.se_fc.0.weight', 0)
+        se_ratio = max(expected_arch['embed_dims'][0] // gate, 1)
     expected = official_shapes(
         expected_arch,
-        num_classes=state['head.weight'].shape[0],
-        in_channels=state['patch_embed1.proj.weight'].shape[1],
-        se_ratio=max(se_ratio, 1))
+        num_classes=_size(state, 'head.weight', 0),
+        in_channels=_size(state, 'patch_embed1.proj.weight', 1),
+        se_ratio=se_ratio)
 
     def listing(keys) -> str:
         keys = sorted(keys)

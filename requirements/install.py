@@ -36,15 +36,18 @@ REQUIREMENTS = {
     'demo': ROOT / 'requirements' / 'classification.txt',
     'full': ROOT / 'requirements.txt',
 }
-# What must import before an environment counts as ready.
+# What must work before an environment counts as ready: everything imports,
+# and mmvvt is that of this clone.
+CHECK_CLONE = (f'import mmvvt; assert mmvvt.__path__[0] == '
+               f'{str(ROOT / "mmvvt")!r}, mmvvt.__path__')
 CHECKS = {
     'demo':
-    'import torch, torchvision, cv2, sklearn, matplotlib, mmcv, mmpretrain, '
-    'mmvvt',
+    'import torch, torchvision, cv2, sklearn, matplotlib, mmcv, mmpretrain\n'
+    + CHECK_CLONE,
     'full':
-    'import torch, torchvision, cv2, sklearn, skimage, matplotlib, mmcv.ops, '
-    'mmpretrain, mmseg, mmdet, pytest, mmvvt; '
-    'mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)',
+    'import torch, torchvision, cv2, sklearn, skimage, matplotlib, mmcv.ops\n'
+    'import mmpretrain, mmseg, mmdet, pytest\n'
+    'mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)\n' + CHECK_CLONE,
 }
 HEARTBEAT = 15  # seconds between two signs of life of a long step
 
@@ -104,13 +107,17 @@ def pip(title: str, *arguments: str, **options) -> None:
 
 
 def output_of(code: str) -> Optional[str]:
-    """What Python code prints in the environment; None if it fails."""
+    """What Python code prints in the environment; None if it fails.
+
+    It runs outside the clone, whose folder would hide that mmvvt is not
+    installed.
+    """
     try:
         done = subprocess.run(
             [str(PYTHON), '-c', code],
             capture_output=True,
             text=True,
-            cwd=ROOT)
+            cwd=tempfile.gettempdir())
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -237,7 +244,8 @@ def main() -> None:
 
     say('checking that everything imports')
     if output_of(CHECKS[kind]) is None:
-        subprocess.run([str(PYTHON), '-c', CHECKS[kind]], cwd=ROOT)
+        subprocess.run([str(PYTHON), '-c', CHECKS[kind]],
+                       cwd=tempfile.gettempdir())
         sys.exit('error: the environment does not import, see above')
     STAMP.write_text(json.dumps({'fingerprint': fingerprint(kind)}))
     say('.venv is ready')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN_ARCH, relative_error
-from mmengine.logging import MessageHub
+from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.utils import digit_version
 
 from mmvvt.arch import ARCH_SETTINGS, resolve_arch
@@ -106,10 +106,15 @@ def drop(state, *prefixes):
      r'\[2, 2, 1, 2\].*truncated'),
     (lambda s: drop(s, 'norm4.'), 'do not fit arch tiny: missing '
      'norm4.bias, norm4.weight'),
-    (lambda s: drop(s, 'head.'), 'no head.weight'),
-    (lambda s: drop(s, 'patch_embed1'), 'no VVT checkpoint: there is no '
+    (lambda s: drop(s, 'head.'), 'there is no head.weight'),
+    (lambda s: {**s, 'head.weight': torch.tensor(1.)}, 'head.weight is no '
+     'weight of a layer'),
+    (lambda s: {**s, 'head.weight': 'x'}, 'head.weight is no weight'),
+    (lambda s: {**s, 'patch_embed1.proj.weight': torch.zeros(96)},
+     'patch_embed1.proj.weight is no weight'),
+    (lambda s: drop(s, 'patch_embed1'), 'no VVT classifier: there is no '
      'patch_embed1.proj.weight'),
-    (lambda s: {'fc.weight': torch.zeros(2, 2)}, 'no VVT checkpoint'),
+    (lambda s: {'fc.weight': torch.zeros(2, 2)}, 'no VVT classifier'),
     (lambda s: {**s, 'pos_embed': torch.zeros(1)}, 'unknown pos_embed'),
     (lambda s: {**s, 'norm2.bias': torch.zeros(3)}, r'norm2.bias has shape '
      r'\(3,\), arch tiny needs \(160,\)'),
@@ -138,14 +143,17 @@ def test_reverse_refuses_foreign_keys(state):
 
 
 def test_unreadable_files(state, tmp_path):
-    whole = tmp_path / 'whole.pth'
-    torch.save(state, whole)
-    data = whole.read_bytes()
     cut = tmp_path / 'cut.pth'
-    for share in (0, 0.1, 0.5, 0.999):
-        cut.write_bytes(data[:int(len(data) * share)])
-        with pytest.raises(CheckpointError, match='truncated or no PyTorch'):
-            load_checkpoint_file(str(cut))
+    some = {key: state[key] for key in list(state)[:4]}
+    for zipped in (True, False):  # and the format before it
+        whole = tmp_path / 'whole.pth'
+        torch.save(some, whole, _use_new_zipfile_serialization=zipped)
+        data = whole.read_bytes()
+        for end in [*range(0, 600, 7), len(data) // 2, len(data) - 1]:
+            cut.write_bytes(data[:end])
+            with pytest.raises(CheckpointError, match='truncated or no|'
+                               'refused to load'):
+                load_checkpoint_file(str(cut))
     cut.write_text('404: Not Found\n')
     with pytest.raises(CheckpointError):
         load_checkpoint_file(str(cut))
@@ -156,46 +164,123 @@ def test_unreadable_files(state, tmp_path):
         load_checkpoint_file(str(tmp_path / 'absent.pth'))
 
 
-class Smuggler:
-    """Pickles as a call of any function."""
+# -- files that somebody made to do harm --
 
-    def __init__(self, function, *arguments):
+
+class Call:
+    """Pickles as a call of any function, with any arguments and state."""
+
+    def __init__(self, function, *arguments, state=None):
         self.call = (function, arguments)
+        self.state = state
 
     def __reduce__(self):
-        return self.call
+        return self.call if self.state is None else (*self.call, self.state)
 
 
-class HubGetattr:
-    """Pickles as ``getattr(HistoryBuffer, name)``, as mmengine's do."""
+def history_method(name):
+    """As mmengine's buffers refer to their statistics methods."""
+    return Call(builtins.getattr, HistoryBuffer, name)
 
-    def __init__(self, name):
-        self.name = name
+
+class Fresh:
+    """Pickles as an instance of a class with any state."""
+
+    def __init__(self, cls, state):
+        self.cls, self.state = cls, state
 
     def __reduce__(self):
-        from mmengine.logging import HistoryBuffer
-        return builtins.getattr, (HistoryBuffer, self.name)
+        return self.cls, (), self.state
 
 
-@pytest.mark.parametrize('content,message', [
-    (Smuggler(os.system, 'echo'), 'system'),
-    (Smuggler(builtins.eval, '1'), 'eval'),
-    (Smuggler(builtins.getattr, np.ndarray, 'tofile'), 'getattr'),
-    (HubGetattr('__init__'), 'getattr'),
-    (HubGetattr('register_statistics'), 'getattr'),
-])
-def test_smuggled_code_is_refused(content, message, tmp_path):
+def array(dtype, shape, data, dtype_state=None):
+    """An array whose dtype and bytes are told apart."""
+    dtype = Call(np.dtype, dtype, False, True, state=dtype_state)
+    empty = (np.ndarray, (0, ), b'b')
+    reconstruct = np.zeros(1).__reduce__()[0]
+    return Call(reconstruct, *empty, state=(1, shape, dtype, False, data))
+
+
+NUMBERS = np.arange(2.)
+MALICE = {
+    'a shell command': None,  # made in the test
+    'eval': Call(builtins.eval, '1'),
+    'attribute of another class': Call(builtins.getattr, np.ndarray,
+                                       'tofile'),
+    'other methods of the buffer': history_method('register_statistics'),
+    'a private one': history_method('__init__'),
+    'statistics method as a function': Call(
+        torch._tensor._rebuild_from_type_v2, history_method('current'),
+        HistoryBuffer, (), {}),
+    'a class in a buffer': Fresh(
+        HistoryBuffer,
+        dict(max_length=1, _log_history=[torch.Tensor],
+             _count_history=NUMBERS)),
+    'a class through a scalar': Call(
+        np.float64(1).__reduce__()[0], np.dtype('O'), torch.Tensor),
+    'a buffer of text': Fresh(
+        HistoryBuffer,
+        dict(max_length=1, _log_history='ab', _count_history='cd')),
+    'a buffer of two lengths': Fresh(
+        HistoryBuffer,
+        dict(max_length=9, _log_history=NUMBERS,
+             _count_history=np.arange(3.))),
+    'objects in an array': array('O', (1, ), [torch.Tensor]),
+    'bytes in an array': array('S1', (1, ), b'A'),
+    'text in an array': array('U1', (1, ), b'AAAA'),
+    'dtype grown after use': array('S1', (1, ), b'A', dtype_state=(
+        3, '|', None, None, None, 64, 1, 0)),
+    'array with no memory behind it': Call(
+        np.zeros(1).__reduce__()[0], np.ndarray, (10**6, ), b'b'),
+}  # yapf: disable
+
+
+@pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
+@pytest.mark.parametrize('kind', MALICE)
+def test_smuggled_content_is_refused(kind, tmp_path):
     marker = tmp_path / 'executed'
-    if message == 'system':
-        content = Smuggler(os.system, f'touch {marker}')
+    content = MALICE[kind]
+    if kind == 'a shell command':
+        content = Call(os.system, f'touch {marker}')
+    HistoryBuffer()  # the first one fills in the methods of all
+    methods = dict(HistoryBuffer._statistics_methods)
+    attributes = set(vars(torch.Tensor)), set(vars(HistoryBuffer))
     path = tmp_path / 'bad.pth'
     torch.save({'state_dict': {}, 'message_hub': content}, path)
-    with pytest.raises(CheckpointError, match=f'refused to load.*{message}'):
+    with pytest.raises(CheckpointError):
+        load_checkpoint_file(str(path))
+    with pytest.raises(Exception):  # noqa: B017, torch's choice
+        torch.load(path)
+    assert not marker.exists()
+    assert HistoryBuffer._statistics_methods == methods
+    assert (set(vars(torch.Tensor)), set(vars(HistoryBuffer))) == attributes
+
+
+@pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
+def test_a_file_cannot_change_the_statistics_of_others(tmp_path):
+    path = tmp_path / 'bad.pth'
+    torch.save(
+        Fresh(
+            HistoryBuffer,
+            dict(max_length=9, _log_history=NUMBERS, _count_history=NUMBERS,
+                 statistics_methods={'mean': history_method('max')})), path)
+    loaded = torch.load(path)
+    assert HistoryBuffer([1, 3], [1, 1]).statistics('mean') == 2
+    # and what was loaded is mmengine's own class again, to be saved as such
+    assert type(loaded) is HistoryBuffer
+    assert loaded.statistics('max') == 1.
+
+
+def test_the_reason_names_what_was_asked_for(tmp_path):
+    path = tmp_path / 'bad.pth'
+    torch.save(Call(os.system, 'true'), path)
+    with pytest.raises(CheckpointError, match='refused to load.*system'):
         load_checkpoint_file(str(path))
     if SAFE_BY_DEFAULT:
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(path)
-    assert not marker.exists()
+        torch.save(history_method('update'), path)
+        with pytest.raises(CheckpointError, match='getattr.*update.*is not '
+                           'allowed'):
+            load_checkpoint_file(str(path))
 
 
 def test_namespace_is_allowed_while_converting_alone(tmp_path):
@@ -254,9 +339,13 @@ def test_saves_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError('disk full')
 
     monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(OSError, match='disk full'):
+    with pytest.raises(CheckpointError, match='cannot write .*disk full'):
         save_checkpoint_file({'a': 2}, str(path))
     assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['out.pth']
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match='cannot write'):
+        save_checkpoint_file({}, str(tmp_path))  # a folder
     assert os.listdir(tmp_path) == ['out.pth']
     with pytest.raises(CheckpointError, match='no such folder'):
         save_checkpoint_file({}, str(tmp_path / 'none' / 'out.pth'))

@@ -148,6 +148,13 @@ def test_a_wheel_that_does_not_load_is_built_anew(install, monkeypatch,
         install.install_mmcv_with_ops()
 
 
+def test_an_environment_of_another_clone_is_not(install):
+    # mmvvt is not installed below this copy, wherever else it may be
+    install.CHECKS['demo'] = install.CHECK_CLONE
+    stamp(install, 'demo')
+    assert install.installed_kind() is None
+
+
 def test_a_failing_step_stops_with_its_output(install, capfd):
     with pytest.raises(SystemExit, match='this step failed: trying'):
         install.run('trying', [

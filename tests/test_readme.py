@@ -57,6 +57,11 @@ def test_own_size(folder):
     assert len(backbone(torch.randn(1, 3, 64, 64))) == 4
 
 
+def test_nothing_is_left_to_be_filled_in():
+    assert not re.findall(r'\b(?:XXX|TBD|FIXME|QUICKTIME|REPOSITORY)\b',
+                          README)
+
+
 @pytest.mark.parametrize('document', [
     p.relative_to(ROOT) for p in sorted(ROOT.rglob('README.md'))
     if '.venv' not in p.parts

@@ -37,10 +37,10 @@ def draw_into(cfg, folder):
     hook = cfg.default_hooks.get('visualization')
     kind = (hook or {}).get('type', '')
     if kind.endswith('SegVisualizationHook'):
-        hook.draw = True
+        hook.update(draw=True, interval=1)
         cfg.visualizer.save_dir = folder
     elif kind.endswith('DetVisualizationHook'):
-        hook.draw = True
+        hook.update(draw=True, interval=1)
         # The hook puts a relative folder into the work folder.
         hook.test_out_dir = os.path.abspath(folder)
     elif kind.endswith('VisualizationHook'):

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
 from mmvvt.engine.cli import (add_common_arguments, check_data, fail,
@@ -33,9 +33,15 @@ def parse_args():
 
 
 def merge_arguments(cfg, args):
-    if args.resume is not None:
+    if args.resume == 'auto':
+        # With no checkpoint yet, begin as without the flag: a job that is
+        # queued again and again may carry it from the first time on.
+        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        if cfg.resume:
+            cfg.load_from = None
+    elif args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.load_from = args.resume
     if cfg.get('load_from') and '://' not in cfg.load_from:
         if not os.path.isfile(cfg.load_from):
             fail(f'no such checkpoint file: {cfg.load_from}')

@@ -48,7 +48,7 @@ def write_digits(data_root: str) -> None:
                                  f'{number:04d}.png'))
         os.chmod(temporary, 0o755)
         try:
-            os.rename(temporary, data_root)
+            os.rename(temporary, data_root)  # may be there, if empty
         except OSError:
             if not os.path.isdir(data_root):
                 raise  # else another process was faster
@@ -65,7 +65,8 @@ class Digits(BaseDataset):
     Args:
         data_root (str): Folder with the images.
         split (str): 'train' (1 437 scans) or 'val' (360 scans).
-        download (bool): Write the images where ``data_root`` is not there.
+        download (bool): Write the images where ``data_root`` is not there, or
+            empty.
             (The word is torchvision's; nothing is fetched from a network.)
             Defaults to True.
         **kwargs: Arguments of mmengine's ``BaseDataset``.
@@ -90,7 +91,8 @@ class Digits(BaseDataset):
 
     def load_data_list(self):
         """List ``img_path`` and ``gt_label`` of each image."""
-        if not os.path.isdir(self.data_root) and self.download:
+        there = os.path.isdir(self.data_root) and os.listdir(self.data_root)
+        if self.download and not there:
             write_digits(self.data_root)
         folder = os.path.join(self.data_root, self.split)
         data_list = []

@@ -153,6 +153,8 @@ def _fetches_itself(dataset: dict) -> bool:
 
 
 def _check_folder(path: str, where: str) -> None:
+    if '://' in path:
+        return  # in a store that the runner will ask
     if not os.path.isdir(path):
         fail(f'{where}: the data folder does not exist: {path}')
     if not any(os.scandir(path)):
@@ -165,25 +167,24 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
     Args:
         cfg (Config): The whole config.
         loaders (list[str]): Names of the data loaders that will be used.
-            Those without ``data_root``, and data sets that fetch themselves,
-            are passed over.
+            Data sets that fetch themselves are passed over.
     """
     for loader in loaders:
         if cfg.get(loader) is None:
             continue
         for dataset in _datasets(cfg[loader]['dataset']):
-            root: Optional[str] = dataset.get('data_root')
-            if not root or '://' in root or _fetches_itself(dataset):
+            if _fetches_itself(dataset):
                 continue
             where = f'{loader} ({dataset["type"]})'
-            _check_folder(root, where)
-            prefix = dataset.get('data_prefix') or {}
-            prefixes = prefix.values() if isinstance(prefix,
-                                                     dict) else [prefix]
-            for folder in prefixes:
-                _check_folder(os.path.join(root, folder), where)
+            root = dataset.get('data_root') or ''
+            prefix = dataset.get('data_prefix') or ''
+            folders = prefix.values() if isinstance(prefix, dict) else [prefix]
+            for folder in ['', *folders]:
+                if isinstance(folder, str) and (root or folder):
+                    _check_folder(os.path.join(root, folder), where)
             annotations = dataset.get('ann_file')
-            if annotations and not os.path.isfile(
-                    os.path.join(root, annotations)):
-                fail(f'{where}: the annotation file does not exist: '
-                     f'{os.path.join(root, annotations)}')
+            if isinstance(annotations, str) and annotations:
+                path = os.path.join(root, annotations)
+                if '://' not in path and not os.path.isfile(path):
+                    fail(f'{where}: the annotation file does not exist: '
+                         f'{path}')

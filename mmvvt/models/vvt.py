@@ -1,6 +1,7 @@
 """The Vicinity Vision Transformer, a backbone of four stages."""
 
 import math
+import warnings
 from typing import Optional, Sequence, Tuple, Union
 
 import torch
@@ -270,6 +271,12 @@ class VVT(BaseModule):
         """Initialise as the official code does, or by ``init_cfg``."""
         if self.init_cfg is not None:
             super().init_weights()
+            return
+        if self.is_init:  # as mmengine does: what was loaded since, stays
+            warnings.warn(
+                'init_weights of VVT has been called more than once; the '
+                'weights are left as they are',
+                stacklevel=2)
             return
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -70,9 +70,14 @@ def test_another_process_was_faster(digits_root, tmp_path, monkeypatch):
     assert sorted(os.listdir(root)) == ['train', 'val']
 
 
+def test_an_empty_folder_is_filled(tmp_path):
+    assert len(Digits(str(tmp_path), 'val')) == 360
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="split must be one of .*'test'"):
         Digits(str(tmp_path), 'test')
+    (tmp_path / 'train').mkdir()
     with pytest.raises(FileNotFoundError, match='no images of class 0'):
         Digits(str(tmp_path), 'train')
     with pytest.raises(FileNotFoundError, match='no images of class 0'):

@@ -49,7 +49,17 @@ def test_what_is_missing_is_named(root, dataset, message, capsys):
         check(config(type='ConcatDataset', datasets=[wrapped]))
 
 
+def test_paths_without_a_root(root):
+    with pytest.raises(SystemExit, match='does not exist: /no/images'):
+        check(config(type='CustomDataset', data_prefix='/no/images'))
+    with pytest.raises(SystemExit, match='does not exist: /no/list.txt'):
+        check(config(type='CustomDataset', ann_file='/no/list.txt'))
+
+
 @pytest.mark.parametrize('dataset', [
+    dict(type='CustomDataset', data_root='{root}', ann_file=['a', 'b'],
+         data_prefix=dict(img=None, seg=['images'])),
+    dict(type='CustomDataset', data_root='s3://bucket/data'),
     dict(type='CustomDataset', data_root='{root}', data_prefix='images',
          ann_file='list.txt'),
     dict(type='CIFAR100', data_root='nowhere'),

@@ -274,6 +274,15 @@ def test_initialisation():
             assert not module.bias.any()
 
 
+def test_second_initialisation_leaves_the_weights():
+    model = nano()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.warns(UserWarning, match='called more than once'):
+        model.init_weights()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
 def test_pretrained_init_cfg(tmp_path):
     """A classifier's checkpoint into a backbone, as segmentors take it."""
     source = nano()

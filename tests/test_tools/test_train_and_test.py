@@ -256,6 +256,19 @@ default_hooks = dict(logger=dict(interval=1))
         assert torch.equal(tensor, expected[key]), key
 
 
+def test_resume_with_nothing_to_resume_keeps_load_from(
+        trained, digits_root, tmp_path):
+    done = run_tool('tools/train.py', DEMO, '--work-dir', tmp_path,
+                    '--resume', '--cfg-options', *SHORT,
+                    'train_cfg.max_epochs=1',
+                    f'load_from={trained}/epoch_2.pth',
+                    f'train_dataloader.dataset.data_root={digits_root}',
+                    f'val_dataloader.dataset.data_root={digits_root}')
+    assert done.returncode == 0, done.stdout
+    assert f'Load checkpoint from {trained}/epoch_2.pth' in done.stdout
+    assert len(losses(tmp_path)) == 6  # from the first epoch on
+
+
 def test_resume_from_a_path(trained, digits_root, tmp_path):
     done = run_tool('tools/train.py', DEMO, '--work-dir', tmp_path,
                     '--resume', trained / 'epoch_2.pth', '--cfg-options',

@@ -45,8 +45,10 @@ def main():
     parameters = sum(t.numel() for t in state.values())
     classes = state['head.fc.bias'].numel()
     print(f'architecture: {name}, {parameters} parameters, {classes} classes')
-    print(f'wrote {args.dst}; to test it: python tools/test.py '
-          f'configs/classification/vvt-{name}_8xb128_in1k.py {args.dst}')
+    print(f'wrote {args.dst}')
+    if classes == 1000:
+        print('to test it: python tools/test.py configs/classification/'
+              f'vvt-{name}_8xb128_in1k.py {args.dst}')
 
 
 if __name__ == '__main__':
