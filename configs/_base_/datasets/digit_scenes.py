@@ -2,6 +2,7 @@
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='CheckLabels', num_classes=11),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = train_pipeline
