@@ -1,5 +1,5 @@
 # UperNet on VVT-medium, Cityscapes at crops of 1024 x 1024. Ours: the paper
-# has no Cityscapes. Swin's setting with 8 images an iteration, 80 000 iterations.
+# has no Cityscapes. Swin's setting with 8 images an iteration, 80 000 times.
 _base_ = [
     '../_base_/models/upernet_vvt.py',
     '../_base_/datasets/cityscapes_1024x1024.py',
