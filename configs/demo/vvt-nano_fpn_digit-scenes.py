@@ -15,9 +15,9 @@ model = dict(
             prefix='backbone.')),
     # Six pixels in seven are background: they would drown the digits.
     decode_head=dict(
-        loss_decode=dict(class_weight=[1.] * 10 + [0.3])))
+        loss_decode=dict(class_weight=[1.] * 10 + [0.5])))
 
-iterations = 1500
+iterations = 2400
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
@@ -36,7 +36,7 @@ train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-auto_scale_lr = dict(base_batch_size=16)
+auto_scale_lr = dict(base_batch_size=8)
 
 default_hooks = dict(
     checkpoint=dict(

@@ -40,11 +40,11 @@ PHOTOGRAPHS = {
             'skimage/data/gravel.png', 'skimage/data/camera.png'),
 }
 FOLDERS = {'train': 'training', 'val': 'validation'}
-NUM_SCENES = {'train': 2000, 'val': 200}
+NUM_SCENES = {'train': 3000, 'val': 200}
 
 SIZE = 128  # of a scene, in pixels a side
 DIGITS_PER_SCENE = (3, 6)
-DIGIT_HEIGHT = (32, 60)  # of a scan with its margin, in pixels
+DIGIT_HEIGHT = (36, 72)  # of a scan with its margin, in pixels
 MAX_ANGLE = 12.  # degrees
 MIN_CONTRAST = 70  # of 255, between ink and what lies behind it
 MIN_VISIBLE = 0.7  # of a digit's pixels, after later ones cover it
@@ -291,7 +291,7 @@ def write_digit_scenes(data_root: str,
 
     Args:
         data_root (str): Folder to make.
-        num_train (int): Scenes to train on. Defaults to 2000.
+        num_train (int): Scenes to train on. Defaults to 3000.
         num_val (int): Scenes to validate on; they share neither scans nor
             photographs with the others. Defaults to 200.
         seed (int): Of all randomness. Defaults to 0.
