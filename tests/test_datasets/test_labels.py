@@ -7,8 +7,8 @@ from mmvvt.datasets import CheckLabels
 
 
 def results(*values, **more):
-    return dict(
-        gt_seg_map=np.array([values], np.uint8), seg_map_path='a/b.png', **more)
+    labels = np.array([values], np.uint8)
+    return dict(gt_seg_map=labels, seg_map_path='a/b.png', **more)
 
 
 def test_allowed_values_pass():

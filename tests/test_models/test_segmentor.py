@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
+
+from mmvvt.datasets import DigitScenes
 
 pytest.importorskip('mmseg')
 
@@ -69,8 +71,8 @@ def test_slide_of_one_crop_is_whole():
     image = torch.randn(1, 3, 61, 83)
     with torch.no_grad():
         whole, = model.predict(image)
-        model.test_cfg = dict(mode='slide', crop_size=(96, 96), stride=(64, 64))
-        model.test_cfg = type(cfg.model)(model.test_cfg)
+        model.test_cfg = ConfigDict(
+            mode='slide', crop_size=(96, 96), stride=(64, 64))
         slide, = model.predict(image)
     assert torch.equal(whole.seg_logits.data, slide.seg_logits.data)
 
@@ -80,7 +82,7 @@ def test_inferencer_on_a_photograph(tmp_path):
     cfg = demo_model()
     model = MODELS.build(cfg.model)
     weights = tmp_path / 'weights.pth'
-    meta = __import__('mmvvt').datasets.DigitScenes.METAINFO
+    meta = DigitScenes.METAINFO
     torch.save(
         dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta)),
         weights)
