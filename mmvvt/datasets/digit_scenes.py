@@ -43,11 +43,11 @@ FOLDERS = {'train': 'training', 'val': 'validation'}
 NUM_SCENES = {'train': 3000, 'val': 200}
 
 SIZE = 128  # of a scene, in pixels a side
-DIGITS_PER_SCENE = (3, 6)
+DIGITS_PER_SCENE = (3, 5)
 DIGIT_HEIGHT = (36, 72)  # of a scan with its margin, in pixels
 MAX_ANGLE = 12.  # degrees
-MIN_CONTRAST = 70  # of 255, between ink and what lies behind it
-MIN_VISIBLE = 0.7  # of a digit's pixels, after later ones cover it
+MIN_CONTRAST = 90  # of 255, between ink and what lies behind it
+MIN_VISIBLE = 0.8  # of a digit's pixels, after later ones cover it
 PLACEMENTS = 40  # tries before a digit is left out
 
 

@@ -3,15 +3,9 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='CheckLabels', num_classes=11),
-    dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='CheckLabels', num_classes=11),
-    dict(type='PackSegInputs'),
-]
+test_pipeline = train_pipeline
 
 train_dataloader = dict(
     batch_size=8,
