@@ -37,7 +37,7 @@ PHOTOGRAPHS = {
               'skimage/data/hubble_deep_field.jpg', 'skimage/data/grass.png',
               'skimage/data/brick.png'),
     'val': ('sklearn/datasets/images/flower.jpg', 'skimage/data/chelsea.png',
-            'skimage/data/gravel.png', 'skimage/data/camera.png'),
+            'skimage/data/coins.png', 'skimage/data/camera.png'),
 }
 FOLDERS = {'train': 'training', 'val': 'validation'}
 NUM_SCENES = {'train': 3000, 'val': 200}
