@@ -13,7 +13,7 @@ model = dict(
             type='Pretrained',
             checkpoint='work_dirs/vvt-nano_digits/epoch_30.pth',
             prefix='backbone.')),
-    # Six pixels in seven are background: they would drown the digits.
+    # Seven pixels in eight are background: they would drown the digits.
     decode_head=dict(
         loss_decode=dict(class_weight=[1.] * 10 + [0.5])))
 
