@@ -4,14 +4,18 @@ PY := .venv/bin/python
 DIGITS := work_dirs/vvt-nano_digits
 DIGITS_CONFIG := configs/demo/vvt-nano_digits.py
 
-.PHONY: help demo test lint install clean
+SCENES := work_dirs/vvt-nano_fpn_digit-scenes
+SCENES_CONFIG := configs/demo/vvt-nano_fpn_digit-scenes.py
+
+.PHONY: help demo demo-seg test lint install clean
 
 help:
-	@echo "make demo     train and test a small VVT on handwritten digits"
-	@echo "make test     install everything, mmcv's compiled ops too, and run the tests"
-	@echo "make lint     check the style"
-	@echo "make install  install everything and stop there"
-	@echo "make clean    remove .venv and what the demos wrote"
+	@echo "make demo      train and test a small VVT on handwritten digits"
+	@echo "make demo-seg  segment handwritten digits on photographs"
+	@echo "make test      install everything, mmcv's compiled ops too, and run the tests"
+	@echo "make lint      check the style"
+	@echo "make install   install everything and stop there"
+	@echo "make clean     remove .venv and what the demos wrote"
 
 demo:
 	$(PYTHON) requirements/install.py demo
@@ -20,6 +24,19 @@ demo:
 	    --work-dir $(DIGITS) --out $(DIGITS)/test.pkl
 	$(PY) tools/analysis_tools/report_classification.py $(DIGITS_CONFIG) \
 	    $(DIGITS)/epoch_30.pth $(DIGITS) $(DIGITS)/test.pkl
+
+# The backbone of the segmentor starts from here.
+$(DIGITS)/epoch_30.pth:
+	$(PY) tools/train.py $(DIGITS_CONFIG) --work-dir $(DIGITS)
+
+# Set-up first: the checkpoint's rule needs it.
+demo-seg: install
+	$(MAKE) $(DIGITS)/epoch_30.pth
+	$(PY) tools/train.py $(SCENES_CONFIG) --work-dir $(SCENES)
+	$(PY) tools/test.py $(SCENES_CONFIG) $(SCENES)/iter_2400.pth \
+	    --work-dir $(SCENES) --out $(SCENES)/test.pkl
+	$(PY) tools/analysis_tools/report_segmentation.py $(SCENES_CONFIG) \
+	    $(SCENES)/test.pkl $(SCENES)/predictions.png
 
 install:
 	$(PYTHON) requirements/install.py full
@@ -31,4 +48,4 @@ lint: install
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv data/digits $(DIGITS)
+	rm -rf .venv data/digits data/digit-scenes $(DIGITS) $(SCENES)

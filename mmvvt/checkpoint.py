@@ -18,6 +18,10 @@ from .arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
 
 State = Dict[str, Tensor]
 
+# Whether torch.load's safe default can be taught to read them.
+READS_RUNNER_CHECKPOINTS = (
+    digit_version(torch.__version__) >= digit_version('2.6'))
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
 
@@ -102,7 +106,7 @@ def register_safe_globals() -> None:
     a stand-in that gives nothing else. Older versions of torch read
     everything by default and are left as they are.
     """
-    if digit_version(torch.__version__) < digit_version('2.6'):
+    if not READS_RUNNER_CHECKPOINTS:
         return
     numeric_types = '?bhilqBHILQefdgFDG'
     torch.serialization.add_safe_globals([

@@ -5,12 +5,12 @@ import os
 
 import mmengine
 from mmengine.config import ConfigDict
-from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.engine.cli import (add_common_arguments, check_data, fail,
-                              init_processes, load_config)
+from mmvvt.engine.cli import (add_common_arguments, check_checkpoint,
+                              check_data, fail, init_processes, load_config)
+from mmvvt.engine.dump import DumpPredictions
 
 
 def parse_args():
@@ -80,9 +80,10 @@ def main():
     check_data(cfg, ['test_dataloader'])
     init_processes(cfg, args)
     runner = Runner.from_cfg(cfg)
+    check_checkpoint(args.checkpoint, runner.model)
     if args.out and args.out.endswith('.pkl'):
         runner.test_evaluator.metrics.append(
-            DumpResults(out_file_path=args.out))
+            DumpPredictions(out_file_path=args.out))
     metrics = runner.test()
     if args.out and args.out.endswith('.json'):
         if mmengine.dist.is_main_process():

@@ -6,8 +6,10 @@ import os
 from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.engine.cli import (add_common_arguments, check_data, fail,
-                              init_processes, load_config)
+from mmvvt.engine.cli import (add_common_arguments, check_data,
+                              check_pretrained_backbone,
+                              check_pretrained_files, fail, init_processes,
+                              load_config)
 
 
 def parse_args():
@@ -63,8 +65,11 @@ def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
+    check_pretrained_files(cfg)
     init_processes(cfg, args)
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    check_pretrained_backbone(cfg, runner.model)
+    runner.train()
 
 
 if __name__ == '__main__':

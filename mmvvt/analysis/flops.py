@@ -23,6 +23,23 @@ class Complexity:
     multiply_adds: int
 
 
+def _data_samples(model: nn.Module, input_shape: Tuple[int, ...]) -> dict:
+    """What a model's forward pass takes beside the images."""
+    if not hasattr(model, 'roi_head'):
+        return {}
+    # Detectors of two stages clip their proposals to the image.
+    from mmdet.structures import DetDataSample
+    height, width = input_shape[2:]
+    meta = dict(
+        img_shape=(height, width),
+        ori_shape=(height, width),
+        pad_shape=(height, width),
+        scale_factor=(1., 1.))
+    return dict(data_samples=[
+        DetDataSample(metainfo=dict(meta)) for _ in range(input_shape[0])
+    ])
+
+
 def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     """Count the parameters and multiply-adds of one forward pass.
 
@@ -32,9 +49,15 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     plain linear form, with features four times as wide, as the paper counts
     it, whatever backend it would run with.
 
+    mmengine models run in their 'tensor' mode: a classifier up to the class
+    scores; a segmentor with its decode head and without the auxiliary one,
+    which serves training alone (its parameters are counted); a detector with
+    neck and heads, one of two stages with as many proposals as its RPN gives
+    at random weights, mostly the configured most.
+
     Args:
-        model (nn.Module): Called with one tensor; mmengine models in their
-            'tensor' mode.
+        model (nn.Module): Called with one tensor, and with empty data
+            samples where it has a ``roi_head``.
         input_shape (tuple[int, ...]): ``(B, C, H, W)``.
 
     Returns:
@@ -54,7 +77,9 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
         device = next(model.parameters()).device
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            model(torch.zeros(input_shape, device=device))
+            model(
+                torch.zeros(input_shape, device=device),
+                **_data_samples(model, input_shape))
     finally:
         for module, backend, clamp in zip(attentions, backends, clamps):
             module.backend, module.clamp = backend, clamp

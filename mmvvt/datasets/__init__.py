@@ -1,5 +1,10 @@
-"""Small data sets made from what ships in Python packages."""
+"""Small data sets made from what ships in Python packages, and a check."""
 
+from .digit_scenes import DigitScenes, write_digit_scenes
 from .digits import Digits, write_digits
+from .labels import CheckLabels
 
-__all__ = ['Digits', 'write_digits']
+__all__ = [
+    'CheckLabels', 'DigitScenes', 'Digits', 'write_digit_scenes',
+    'write_digits'
+]

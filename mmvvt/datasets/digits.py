@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from typing import Dict, Tuple
 
 import mmcv
 import numpy as np
@@ -11,6 +12,27 @@ from mmengine.registry import DATASETS
 
 SPLITS = ('train', 'val')
 HELD_OUT = 0.2
+
+
+def split_digits() -> Tuple[np.ndarray, np.ndarray, Dict[str, np.ndarray]]:
+    """The scans, and which of them are held out.
+
+    Returns:
+        tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]: Images
+        ``(1797, 8, 8)`` with values 0 to 16, labels ``(1797,)``, and the
+        numbers of the scans of 'train' and 'val': fixed, stratified,
+        80 / 20.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    members = train_test_split(
+        np.arange(len(digits.target)),
+        test_size=HELD_OUT,
+        stratify=digits.target,
+        random_state=0)
+    return digits.images, digits.target, dict(zip(SPLITS, members))
 
 
 def write_digits(data_root: str) -> None:
@@ -25,23 +47,17 @@ def write_digits(data_root: str) -> None:
     Args:
         data_root (str): Folder to make.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    numbers = np.arange(len(digits.target))
-    train, val = train_test_split(
-        numbers, test_size=HELD_OUT, stratify=digits.target, random_state=0)
+    images, labels, members = split_digits()
 
     parent = os.path.dirname(os.path.abspath(data_root))
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(dir=parent, prefix='.digits-')
     try:
-        for split, members in zip(SPLITS, (train, val)):
-            for number in members:
+        for split in SPLITS:
+            for number in members[split]:
                 # 17 grey levels, 0 to 16, to 8 bits
-                image = np.rint(digits.images[number] * (255 / 16))
-                label = str(digits.target[number])
+                image = np.rint(images[number] * (255 / 16))
+                label = str(labels[number])
                 mmcv.imwrite(
                     image.astype(np.uint8),
                     os.path.join(temporary, split, label,

@@ -216,7 +216,7 @@ model = dict(backbone=dict(drop_path_rate=0.2))
 train_dataloader = dict(
     num_workers=2, worker_init_fn=dict(type='seed_worker'),
     dataset=dict(data_root='{digits_root}', pipeline=[
-        dict(type='LoadImageFromFile', color_type='grayscale'),
+        dict(type='LoadImageFromFile'),
         dict(type='Resize', scale=(32, 32), interpolation='bicubic'),
         dict(type='RandomCrop', crop_size=32, padding=4),
         dict(type='PackInputs')]))

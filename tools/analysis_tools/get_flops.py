@@ -30,7 +30,9 @@ def main():
     height, width = args.shape[0], args.shape[-1]
     print(f'multiply-adds of matrix products and convolutions, one image of '
           f'{height} x {width};\nVVT in the plain linear form (features four '
-          'times as wide); norms, activations and resizing not counted')
+          'times as wide). Not counted: norms,\nactivations, resizing; a '
+          "segmentor's auxiliary head (its parameters are). A\ndetector of "
+          'two stages: with the proposals of an untrained RPN.')
     print(f'{"config":56} {"params":>12} {"M":>8} {"GMACs":>8}')
     for path in args.configs:
         cfg = read_config(path)

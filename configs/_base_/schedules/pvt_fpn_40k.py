@@ -1,0 +1,17 @@
+# PVT's setting for Semantic FPN: AdamW, lr 2e-4, weight decay 1e-4 on all
+# parameters, polynomial decay of power 0.9 over 40 000 iterations of 32 images
+# (8 x 4); mixed precision.
+optim_wrapper = dict(
+    type='AutoAmpOptimWrapper',
+    loss_scale='dynamic',
+    optimizer=dict(type='AdamW', lr=2e-4, weight_decay=1e-4))
+param_scheduler = [
+    dict(type='PolyLR', power=0.9, eta_min=0., by_epoch=False, end=40000)
+]
+
+train_cfg = dict(
+    type='IterBasedTrainLoop', max_iters=40000, val_interval=8000)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+auto_scale_lr = dict(base_batch_size=32)

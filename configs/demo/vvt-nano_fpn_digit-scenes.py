@@ -1,0 +1,44 @@
+# Semantic FPN on a small VVT: handwritten digits on photographs, for two CPU
+# cores. The backbone starts from the classification demo's checkpoint.
+_base_ = [
+    '../_base_/models/fpn_vvt-nano.py',
+    '../_base_/datasets/digit_scenes.py',
+    '../_base_/segmentation_runtime.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(128, 128)),
+    backbone=dict(
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='work_dirs/vvt-nano_digits/epoch_30.pth',
+            prefix='backbone.')),
+    # Seven pixels in eight are background: they would drown the digits.
+    decode_head=dict(
+        loss_decode=dict(class_weight=[1.] * 10 + [0.5])))
+
+iterations = 2400
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
+    clip_grad=dict(max_norm=1.0))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=1e-5,
+        by_epoch=False,
+        begin=50,
+        end=iterations),
+]
+train_cfg = dict(
+    type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+auto_scale_lr = dict(base_batch_size=8)
+
+default_hooks = dict(
+    checkpoint=dict(
+        interval=iterations, max_keep_ckpts=1, save_best=None))
+randomness = dict(seed=0)

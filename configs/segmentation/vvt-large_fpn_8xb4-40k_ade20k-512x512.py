@@ -1,0 +1,17 @@
+# Semantic FPN on VVT-large, ADE20K at 512 x 512, in PVT's setting.
+_base_ = [
+    '../_base_/models/fpn_vvt.py',
+    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/schedules/pvt_fpn_40k.py',
+    '../_base_/segmentation_runtime.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(
+        arch='large',
+        drop_path_rate=0.3,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='pretrained/vvt-large_in1k.pth',
+            prefix='backbone.')))

@@ -1,0 +1,19 @@
+# UperNet on VVT-medium, ADE20K at 512 x 512, in Swin's setting.
+_base_ = [
+    '../_base_/models/upernet_vvt.py',
+    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/schedules/swin_upernet_160k.py',
+    '../_base_/segmentation_runtime.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(
+        arch='medium',
+        drop_path_rate=0.3,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='pretrained/vvt-medium_in1k.pth',
+            prefix='backbone.')))
+# 2 images on each of 8 GPUs.
+train_dataloader = dict(batch_size=2)

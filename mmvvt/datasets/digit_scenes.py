@@ -1,0 +1,368 @@
+"""Scenes of handwritten digits on photographs, with a label for each pixel.
+
+Scans and photographs are real and ship inside the wheels of scikit-learn and
+scikit-image; the scenes are composed from them, from a seed.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from typing import Dict, List, Tuple
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+from numpy.random import Generator
+
+from .digits import SPLITS, split_digits
+
+CLASSES = (*'0123456789', 'background')
+BACKGROUND = CLASSES.index('background')
+# RGB; the background's is next to white, so that sheets stay light.
+PALETTE = [[228, 26, 28], [55, 126, 184], [77, 175, 74], [152, 78, 163],
+           [255, 127, 0], [240, 220, 40], [166, 86, 40], [247, 129, 191],
+           [0, 190, 190], [60, 60, 60], [240, 240, 240]]
+
+# Files inside the wheels, so that nothing is ever fetched. No photograph
+# serves both splits.
+PHOTOGRAPHS = {
+    'train': ('sklearn/datasets/images/china.jpg',
+              'skimage/data/astronaut.png', 'skimage/data/coffee.png',
+              'skimage/data/motorcycle_left.png', 'skimage/data/rocket.jpg',
+              'skimage/data/hubble_deep_field.jpg', 'skimage/data/grass.png',
+              'skimage/data/brick.png'),
+    'val': ('sklearn/datasets/images/flower.jpg', 'skimage/data/chelsea.png',
+            'skimage/data/coins.png', 'skimage/data/camera.png'),
+}
+FOLDERS = {'train': 'training', 'val': 'validation'}
+NUM_SCENES = {'train': 3000, 'val': 200}
+
+SIZE = 128  # of a scene, in pixels a side
+DIGITS_PER_SCENE = (3, 5)
+DIGIT_HEIGHT = (36, 72)  # of a scan with its margin, in pixels
+MAX_ANGLE = 12.  # degrees
+MIN_CONTRAST = 90  # of 255, between ink and what lies behind it
+MIN_VISIBLE = 0.8  # of a digit's pixels, after later ones cover it
+PLACEMENTS = 40  # tries before a digit is left out
+
+
+@dataclass
+class Instance:
+    """One digit of a scene.
+
+    Attributes:
+        label (int): 0 to 9.
+        scan (int): Number of the scan in scikit-learn's order.
+        mask (np.ndarray): Boolean ``(SIZE, SIZE)``, its visible pixels.
+    """
+
+    label: int
+    scan: int
+    mask: np.ndarray
+
+
+@dataclass
+class Scene:
+    """A composed picture.
+
+    Attributes:
+        image (np.ndarray): ``(SIZE, SIZE, 3)``, uint8, RGB.
+        photograph (str): Name of the photograph behind the digits.
+        instances (list[Instance]): From back to front.
+    """
+
+    image: np.ndarray
+    photograph: str
+    instances: List[Instance]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of each pixel, ``(SIZE, SIZE)``, uint8."""
+        labels = np.full(self.image.shape[:2], BACKGROUND, np.uint8)
+        for instance in self.instances:
+            labels[instance.mask] = instance.label
+        return labels
+
+
+def load_photographs(split: str) -> Dict[str, np.ndarray]:
+    """Read the photographs of a split.
+
+    Args:
+        split (str): 'train' or 'val'.
+
+    Returns:
+        dict[str, np.ndarray]: Name to ``(H, W, 3)``, uint8, RGB.
+
+    Raises:
+        ModuleNotFoundError: If scikit-learn or scikit-image is missing.
+    """
+    photographs = {}
+    for path in PHOTOGRAPHS[split]:
+        package, *parts = path.split('/')
+        try:
+            file = resources.files(package).joinpath(*parts)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'the digit scenes need scikit-learn and scikit-image: pip '
+                "install 'mmvvt[development]'") from error
+        photographs[path] = mmcv.imread(str(file), channel_order='rgb')
+    return photographs
+
+
+def _crop(photograph: np.ndarray, rng: Generator) -> np.ndarray:
+    """A square of the photograph, perhaps mirrored, as (SIZE, SIZE, 3)."""
+    height, width = photograph.shape[:2]
+    side = int(rng.uniform(0.4, 1.) * min(height, width))
+    top = rng.integers(height - side + 1)
+    left = rng.integers(width - side + 1)
+    crop = photograph[top:top + side, left:left + side]
+    crop = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def _place(scan: np.ndarray, rng: Generator) -> np.ndarray:
+    """Scale, turn and move a scan: its coverage, (SIZE, SIZE) in 0 to 1."""
+    # A margin of nothing lets strokes at the scan's edge end smoothly.
+    source = np.pad(scan.astype(np.float32) / 16, 1)
+    height = rng.uniform(*DIGIT_HEIGHT)
+    centre = rng.uniform(0.4 * height, SIZE - 0.4 * height, size=2)
+    middle = (source.shape[0] - 1) / 2
+    matrix = cv2.getRotationMatrix2D(
+        (middle, middle), rng.uniform(-MAX_ANGLE, MAX_ANGLE),
+        height / source.shape[0])
+    matrix[:, 2] += centre - middle
+    coverage = cv2.warpAffine(
+        source, matrix, (SIZE, SIZE), flags=cv2.INTER_CUBIC)
+    # Scans are grey at the rim of a stroke: steepen it to an inked edge.
+    return np.clip(2.5 * coverage - 0.75, 0, 1)
+
+
+def _choose_ink(behind: np.ndarray, rng: Generator) -> Tuple[np.ndarray, int]:
+    """A light or dark ink, tinted, and its contrast to most pixels behind.
+
+    Args:
+        behind (np.ndarray): Colours of the pixels to be inked, ``(n, 3)``.
+        rng (Generator): Source of randomness.
+
+    Returns:
+        tuple[np.ndarray, int]: RGB, and the difference in brightness.
+    """
+    tint = rng.uniform(0, 90, size=3)
+    tint -= tint.min()
+    brightness = behind.mean(axis=1)
+    if np.median(brightness) < 128:
+        ink = 255 - tint
+        contrast = ink.mean() - np.percentile(brightness, 90)
+    else:
+        ink = tint
+        contrast = np.percentile(brightness, 10) - ink.mean()
+    return ink, contrast
+
+
+def compose_scene(photographs: Dict[str, np.ndarray], scans: np.ndarray,
+                  labels: np.ndarray, members: np.ndarray,
+                  rng: Generator) -> Scene:
+    """Put some digits on a piece of a photograph.
+
+    Digits may overlap, as long as enough of each stays visible, and their
+    ink stands out from what lies behind.
+
+    Args:
+        photographs (dict[str, np.ndarray]): Of :func:`load_photographs`.
+        scans (np.ndarray): All scans, ``(n, 8, 8)``, 0 to 16.
+        labels (np.ndarray): Their digits, ``(n,)``.
+        members (np.ndarray): Numbers of the scans that may be used.
+        rng (Generator): Source of randomness.
+
+    Returns:
+        Scene: The picture and what is in it.
+    """
+    name = sorted(photographs)[rng.integers(len(photographs))]
+    image = _crop(photographs[name], rng).astype(np.float32)
+    instances: List[Instance] = []
+    whole: List[int] = []  # pixels of each digit before any covers it
+    wanted = rng.integers(DIGITS_PER_SCENE[0], DIGITS_PER_SCENE[1] + 1)
+    for number in rng.choice(members, wanted, replace=False):
+        for _ in range(PLACEMENTS):
+            coverage = _place(scans[number], rng)
+            mask = coverage > 0.5
+            still_visible = all(
+                (other.mask & ~mask).sum() >= MIN_VISIBLE * pixels
+                for other, pixels in zip(instances, whole))
+            ink, contrast = _choose_ink(image[mask], rng)
+            if still_visible and contrast >= MIN_CONTRAST:
+                break
+        else:
+            continue
+        for other in instances:
+            other.mask &= ~mask
+        instances.append(Instance(int(labels[number]), int(number), mask))
+        whole.append(int(mask.sum()))
+        # (SIZE, SIZE) -> (SIZE, SIZE, 1), over the colours
+        image += coverage[..., None] * (ink - image)
+    return Scene(np.rint(image).astype(np.uint8), name, instances)
+
+
+def run_lengths(mask: np.ndarray) -> List[int]:
+    """COCO's uncompressed code of a mask: lengths of runs, zeros first.
+
+    Args:
+        mask (np.ndarray): Boolean ``(H, W)``; COCO goes down the columns.
+
+    Returns:
+        list[int]: Lengths that sum to H * W.
+    """
+    flat = np.concatenate([[False], mask.ravel(order='F')])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff([0, *changes, mask.size]).tolist()
+
+
+def _coco_annotation(instance: Instance) -> dict:
+    rows, columns = np.nonzero(instance.mask)
+    left, top = int(columns.min()), int(rows.min())
+    return dict(
+        category_id=instance.label,
+        scan=instance.scan,
+        bbox=[left, top,
+              int(columns.max()) + 1 - left,
+              int(rows.max()) + 1 - top],
+        area=int(instance.mask.sum()),
+        iscrowd=0,
+        segmentation=dict(
+            size=list(instance.mask.shape), counts=run_lengths(instance.mask)))
+
+
+def _write_split(root: str, split: str, count: int, seed: int) -> None:
+    scans, labels, members = split_digits()
+    photographs = load_photographs(split)
+    coco = dict(
+        images=[],
+        annotations=[],
+        categories=[dict(id=i, name=str(i)) for i in range(10)])
+    for number in range(count):
+        # Each scene has a stream of its own: the first ones stay the same
+        # whatever the count.
+        rng = np.random.default_rng([seed, SPLITS.index(split), number])
+        scene = compose_scene(photographs, scans, labels, members[split], rng)
+        name = f'{number:05d}'
+        folder = FOLDERS[split]
+        mmcv.imwrite(
+            mmcv.rgb2bgr(scene.image),
+            os.path.join(root, 'images', folder, f'{name}.png'))
+        mmcv.imwrite(scene.labels,
+                     os.path.join(root, 'annotations', folder, f'{name}.png'))
+        coco['images'].append(
+            dict(
+                id=number,
+                file_name=f'{name}.png',
+                height=SIZE,
+                width=SIZE,
+                photograph=scene.photograph))
+        for instance in scene.instances:
+            coco['annotations'].append(
+                dict(
+                    id=len(coco['annotations']) + 1,
+                    image_id=number,
+                    **_coco_annotation(instance)))
+    with open(
+            os.path.join(root, f'instances_{FOLDERS[split]}.json'),
+            'w',
+            encoding='utf-8') as file:
+        json.dump(coco, file)
+
+
+def write_digit_scenes(data_root: str,
+                       num_train: int = NUM_SCENES['train'],
+                       num_val: int = NUM_SCENES['val'],
+                       seed: int = 0) -> None:
+    """Write scenes in ADE20K's layout, and their instances in COCO's format.
+
+    ``images/{training,validation}/NNNNN.png``,
+    ``annotations/{training,validation}/NNNNN.png`` (a pixel's value is its
+    class: 0 to 9, and 10 for background) and
+    ``instances_{training,validation}.json`` (boxes and visible masks). The
+    same arguments give the same scenes. The folder appears whole or not at
+    all, so several processes may call this at once.
+
+    Args:
+        data_root (str): Folder to make.
+        num_train (int): Scenes to train on. Defaults to 3000.
+        num_val (int): Scenes to validate on; they share neither scans nor
+            photographs with the others. Defaults to 200.
+        seed (int): Of all randomness. Defaults to 0.
+    """
+    parent = os.path.dirname(os.path.abspath(data_root))
+    os.makedirs(parent, exist_ok=True)
+    temporary = tempfile.mkdtemp(dir=parent, prefix='.digit-scenes-')
+    try:
+        for split, count in (('train', num_train), ('val', num_val)):
+            _write_split(temporary, split, count, seed)
+        os.chmod(temporary, 0o755)
+        try:
+            os.rename(temporary, data_root)
+        except OSError:
+            if not os.path.isdir(data_root):
+                raise  # else another process was faster
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@DATASETS.register_module()
+class DigitScenes(BaseDataset):
+    """Scenes of handwritten digits, for semantic segmentation.
+
+    Reads the layout that :func:`write_digit_scenes` makes and gives what
+    mmseg's pipelines take. It needs no mmseg itself.
+
+    Args:
+        data_root (str): Folder with the scenes.
+        split (str): 'train' or 'val'.
+        download (bool): Write the scenes where ``data_root`` is not there.
+            (The word is torchvision's; nothing is fetched from a network.)
+            Defaults to True.
+        **kwargs: Arguments of mmengine's ``BaseDataset``.
+
+    Raises:
+        ValueError: If ``split`` is another word.
+        FileNotFoundError: If images or annotations are not there and not to
+            be written.
+    """
+
+    METAINFO = dict(classes=CLASSES, palette=PALETTE)
+
+    def __init__(self,
+                 data_root: str,
+                 split: str,
+                 download: bool = True,
+                 **kwargs):
+        if split not in SPLITS:
+            raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+        self.split = split
+        self.download = download
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> List[dict]:
+        """List ``img_path`` and ``seg_map_path`` of each scene."""
+        if not os.path.isdir(self.data_root) and self.download:
+            write_digit_scenes(self.data_root)
+        images, annotations = (
+            os.path.join(self.data_root, kind, FOLDERS[self.split])
+            for kind in ('images', 'annotations'))
+        for folder in (images, annotations):
+            if not os.path.isdir(folder):
+                raise FileNotFoundError(
+                    f'no scenes in {folder}; remove {self.data_root} to have '
+                    'it written anew')
+        return [
+            dict(
+                img_path=os.path.join(images, name),
+                seg_map_path=os.path.join(annotations, name),
+                label_map=None,
+                reduce_zero_label=False,
+                seg_fields=[]) for name in sorted(os.listdir(images))
+        ]

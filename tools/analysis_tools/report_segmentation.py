@@ -1,0 +1,39 @@
+"""Draw a sheet of a segmentor's test: image, truth, prediction, legend."""
+
+import argparse
+import os
+
+import mmengine
+
+import mmvvt  # noqa: F401, registers VVT and what comes with it
+from mmvvt.analysis.segmentation_sheet import draw_segmentation_sheet
+from mmvvt.engine.cli import fail, read_config
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('predictions', help='of tools/test.py --out FILE.pkl')
+    parser.add_argument('out', help='the PNG to write')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if not os.path.isfile(args.predictions):
+        fail(f'no such file: {args.predictions}')
+    cfg = read_config(args.config)
+    from mmseg.registry import DATASETS
+    meta = DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
+    predictions = mmengine.load(args.predictions)
+    if not predictions or 'pred_sem_seg' not in predictions[0]:
+        fail(f'{args.predictions} holds no predictions of a segmentor')
+    name = os.path.splitext(os.path.basename(args.config))[0]
+    draw_segmentation_sheet(
+        predictions, meta['classes'], meta['palette'],
+        f'{name}: some of {len(predictions)} validation images', args.out)
+    print(f'image, truth and prediction: {args.out}')
+
+
+if __name__ == '__main__':
+    main()
