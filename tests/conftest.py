@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 import mmvvt  # noqa: F401, registers
 
@@ -64,5 +65,8 @@ def digits_root(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
+    """The same random numbers, and no scope left over from another test."""
     torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        yield

@@ -22,12 +22,6 @@ OLD_KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _keep_scope():
-    with DefaultScope.overwrite_default_scope('mmengine'):
-        yield
-
-
 def build(cfg):
     init_default_scope(cfg.default_scope)
     registry = __import__(
