@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 
 import mmvvt  # noqa: F401, registers
 
@@ -29,6 +29,12 @@ def relative_error(actual, expected) -> float:
     expected = torch.as_tensor(expected).detach().double()
     assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm())
+
+
+def build_model(model, scope='mmpretrain'):
+    """Build a model's config as a code base's runner would."""
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(model)
 
 
 def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN_ARCH, relative_error
+from conftest import GOLDEN_ARCH, build_model, relative_error
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.utils import digit_version
 
@@ -68,13 +68,12 @@ def test_every_kind_of_official_file(state, wrap, tmp_path):
 
 def test_golden_network_keeps_its_numbers(golden):
     """A converted checkpoint in the classifier that mmpretrain builds."""
-    from mmpretrain.registry import MODELS
     file = golden['backbone']
     official = {
         k[len('weight/'):]: torch.from_numpy(file[k])
         for k in file.files if k.startswith('weight/')
     }
-    model = MODELS.build(
+    model = build_model(
         dict(
             type='ImageClassifier',
             backbone=dict(type='VVT', arch=GOLDEN_ARCH),

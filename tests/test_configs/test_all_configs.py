@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, build_model
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import DefaultScope
 
 from mmvvt.analysis.flops import count
 
@@ -22,14 +22,6 @@ OLD_KEYS = {
 }
 
 
-def build(cfg):
-    init_default_scope(cfg.default_scope)
-    registry = __import__(
-        f'{cfg.default_scope}.registry', fromlist=['MODELS']).MODELS
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return registry.build(cfg.model)
-
-
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_config(path):
     cfg = Config.fromfile(ROOT / path)
@@ -37,7 +29,7 @@ def test_config(path):
     assert cfg.custom_imports.imports == ['mmvvt']
     assert cfg.auto_scale_lr.base_batch_size > 0
     assert {'type': 'EpochSeedHook'} in cfg.custom_hooks
-    model = build(cfg)
+    model = build_model(cfg.model, cfg.default_scope)
     channels = cfg.model.backbone.get('in_channels', 3)
     model.eval()
     with torch.no_grad():
@@ -81,7 +73,6 @@ def test_classifier_pipelines_run(path, tmp_path):
     from mmengine.dataset import Compose
     size = 384 if '384px' in path.stem else 224
     cfg = Config.fromfile(ROOT / path)
-    init_default_scope('mmpretrain')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         for pipeline in (cfg.train_dataloader.dataset.pipeline,
                          cfg.test_dataloader.dataset.pipeline):
@@ -109,7 +100,8 @@ def test_metafiles_list_every_recipe_and_count_right():
         channels = cfg.model.backbone.get('in_channels', 3)
         if 'medium' in path or 'large' in path:
             continue  # as small, only slower
-        found = count(build(cfg).eval(), (1, channels, size, size))
+        found = count(
+            build_model(cfg.model), (1, channels, size, size))
         assert model['Metadata']['Parameters'] == found.parameters, path
         assert model['Metadata']['FLOPs'] == pytest.approx(
             found.multiply_adds, rel=5e-3), path
@@ -121,5 +113,5 @@ def test_published_multiply_adds(name, gmacs):
     """The paper's table, which is rounded to a tenth."""
     cfg = Config.fromfile(
         ROOT / f'configs/classification/vvt-{name}_8xb128_in1k.py')
-    found = count(build(cfg), (1, 3, 224, 224))
+    found = count(build_model(cfg.model), (1, 3, 224, 224))
     assert found.multiply_adds / 1e9 == pytest.approx(gmacs, abs=0.06)

@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
-from conftest import ROOT
+from conftest import ROOT, build_model
 
 from mmvvt.engine import optim_wrapper
 
@@ -48,8 +48,7 @@ def test_mixed_precision_on_a_gpu():
 ])
 def test_no_weight_decay_on_biases_and_norms(name):
     cfg = Config.fromfile(ROOT / 'configs' / name)
-    from mmpretrain.registry import MODELS
-    model = MODELS.build(cfg.model)
+    model = build_model(cfg.model)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decay = {
         id(group['params'][0]): group['weight_decay']
