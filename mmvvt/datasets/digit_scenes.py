@@ -6,8 +6,6 @@ scikit-image; the scenes are composed from them, from a seed.
 
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from typing import Dict, List, Tuple
@@ -20,6 +18,7 @@ from mmengine.registry import DATASETS
 from numpy.random import Generator
 
 from .digits import SPLITS, split_digits
+from .folder import written_whole
 
 CLASSES = (*'0123456789', 'background')
 BACKGROUND = CLASSES.index('background')
@@ -296,20 +295,9 @@ def write_digit_scenes(data_root: str,
             photographs with the others. Defaults to 200.
         seed (int): Of all randomness. Defaults to 0.
     """
-    parent = os.path.dirname(os.path.abspath(data_root))
-    os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=parent, prefix='.digit-scenes-')
-    try:
+    with written_whole(data_root) as folder:
         for split, count in (('train', num_train), ('val', num_val)):
-            _write_split(temporary, split, count, seed)
-        os.chmod(temporary, 0o755)
-        try:
-            os.rename(temporary, data_root)
-        except OSError:
-            if not os.path.isdir(data_root):
-                raise  # else another process was faster
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _write_split(folder, split, count, seed)
 
 
 @DATASETS.register_module()
@@ -322,9 +310,9 @@ class DigitScenes(BaseDataset):
     Args:
         data_root (str): Folder with the scenes.
         split (str): 'train' or 'val'.
-        download (bool): Write the scenes where ``data_root`` is not there.
-            (The word is torchvision's; nothing is fetched from a network.)
-            Defaults to True.
+        download (bool): Write the scenes where ``data_root`` is not there, or
+            empty. (The word is torchvision's; nothing is fetched from a
+            network.) Defaults to True.
         **kwargs: Arguments of mmengine's ``BaseDataset``.
 
     Raises:
@@ -348,7 +336,8 @@ class DigitScenes(BaseDataset):
 
     def load_data_list(self) -> List[dict]:
         """List ``img_path`` and ``seg_map_path`` of each scene."""
-        if not os.path.isdir(self.data_root) and self.download:
+        there = os.path.isdir(self.data_root) and os.listdir(self.data_root)
+        if self.download and not there:
             write_digit_scenes(self.data_root)
         images, annotations = (
             os.path.join(self.data_root, kind, FOLDERS[self.split])

@@ -1,14 +1,14 @@
 """scikit-learn's handwritten digits as image files."""
 
 import os
-import shutil
-import tempfile
 from typing import Dict, Tuple
 
 import mmcv
 import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
+
+from .folder import written_whole
 
 SPLITS = ('train', 'val')
 HELD_OUT = 0.2
@@ -48,28 +48,15 @@ def write_digits(data_root: str) -> None:
         data_root (str): Folder to make.
     """
     images, labels, members = split_digits()
-
-    parent = os.path.dirname(os.path.abspath(data_root))
-    os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=parent, prefix='.digits-')
-    try:
+    with written_whole(data_root) as folder:
         for split in SPLITS:
             for number in members[split]:
                 # 17 grey levels, 0 to 16, to 8 bits
                 image = np.rint(images[number] * (255 / 16))
-                label = str(labels[number])
                 mmcv.imwrite(
                     image.astype(np.uint8),
-                    os.path.join(temporary, split, label,
+                    os.path.join(folder, split, str(labels[number]),
                                  f'{number:04d}.png'))
-        os.chmod(temporary, 0o755)
-        try:
-            os.rename(temporary, data_root)  # may be there, if empty
-        except OSError:
-            if not os.path.isdir(data_root):
-                raise  # else another process was faster
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @DATASETS.register_module()
@@ -82,9 +69,8 @@ class Digits(BaseDataset):
         data_root (str): Folder with the images.
         split (str): 'train' (1 437 scans) or 'val' (360 scans).
         download (bool): Write the images where ``data_root`` is not there, or
-            empty.
-            (The word is torchvision's; nothing is fetched from a network.)
-            Defaults to True.
+            empty. (The word is torchvision's; nothing is fetched from a
+            network.) Defaults to True.
         **kwargs: Arguments of mmengine's ``BaseDataset``.
 
     Raises:
