@@ -185,8 +185,10 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
             root = dataset.get('data_root') or ''
             prefix = dataset.get('data_prefix') or ''
             folders = prefix.values() if isinstance(prefix, dict) else [prefix]
-            for folder in ['', *folders]:
-                if isinstance(folder, str) and (root or folder):
+            if root:
+                _check_folder(root, where)
+            for folder in folders:
+                if isinstance(folder, str) and folder:
                     _check_folder(os.path.join(root, folder), where)
             annotations = dataset.get('ann_file')
             if isinstance(annotations, str) and annotations:

@@ -27,7 +27,7 @@ def root(tmp_path):
 
 @pytest.mark.parametrize('dataset,message', [
     (dict(data_root='nowhere'), r'train_dataloader \(CustomDataset\): the '
-     'data folder does not exist: nowhere'),
+     'data folder does not exist: nowhere$'),
     (dict(data_root='{root}/empty'), 'folder is empty: .*empty'),
     (dict(data_root='{root}', data_prefix='labels'), 'does not exist: '
      '.*labels'),
