@@ -2,6 +2,7 @@
 
 from typing import Tuple
 
+import torch
 import torch.nn as nn
 from mmengine.model import BaseModule
 from torch import Tensor
@@ -139,8 +140,8 @@ class VicinityAttention(BaseModule):
         # (B, heads, N, d) -> (B, N, heads, d) -> (B, N, C / fr)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not self.clamp:
-            return out + out * gate
+            return torch.addcmul(out, out, gate)  # out + out * gate
         plain = check_backend(self.backend) == 'reference'
         clamp = plain_magnitude_clamp if plain else magnitude_clamp
         out = clamp(out)
-        return clamp(out + out * gate)
+        return clamp(torch.addcmul(out, out, gate))

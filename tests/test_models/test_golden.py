@@ -122,7 +122,7 @@ def test_backbone(golden, image, dtype, backend):
         # How far the gradients move if nothing but the given weights and
         # pixels are rounded to float32, in float64 arithmetic: up to 3e-3 on
         # 'square', where the sum of weights of one token is next to nothing.
-        # No float32 arithmetic can be held closer than that.
+        # What float32 arithmetic gives there depends on the processor.
         moved = max(
             max(run_backbone(golden, image, torch.float64, 'torch', 2**-24,
                              seed)[1].values()) for seed in range(8))
