@@ -9,7 +9,9 @@ from mmengine.runner import Runner
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
 from mmvvt.engine.cli import (add_common_arguments, check_checkpoint,
-                              check_data, fail, init_processes, load_config)
+                              check_data, check_label_maps, fail,
+                              init_processes, label_errors_in_one_line,
+                              load_config)
 from mmvvt.engine.dump import DumpPredictions
 
 
@@ -78,13 +80,15 @@ def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_data(cfg, ['test_dataloader'])
+    check_label_maps(cfg, ['test_dataloader'])
     init_processes(cfg, args)
     runner = Runner.from_cfg(cfg)
     check_checkpoint(args.checkpoint, runner.model)
     if args.out and args.out.endswith('.pkl'):
         runner.test_evaluator.metrics.append(
             DumpPredictions(out_file_path=args.out))
-    metrics = runner.test()
+    with label_errors_in_one_line():
+        metrics = runner.test()
     if args.out and args.out.endswith('.json'):
         if mmengine.dist.is_main_process():
             mmengine.dump(metrics, args.out)

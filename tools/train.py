@@ -7,9 +7,9 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
 from mmvvt.engine.cli import (add_common_arguments, check_data,
-                              check_pretrained_backbone,
+                              check_label_maps, check_pretrained_backbone,
                               check_pretrained_files, fail, init_processes,
-                              load_config)
+                              label_errors_in_one_line, load_config)
 
 
 def parse_args():
@@ -65,11 +65,13 @@ def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
+    check_label_maps(cfg, ['train_dataloader', 'val_dataloader'])
     check_pretrained_files(cfg)
     init_processes(cfg, args)
     runner = Runner.from_cfg(cfg)
     check_pretrained_backbone(cfg, runner.model)
-    runner.train()
+    with label_errors_in_one_line():
+        runner.train()
 
 
 if __name__ == '__main__':

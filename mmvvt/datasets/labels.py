@@ -5,6 +5,10 @@ from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 
 
+class LabelError(ValueError):
+    """A label map with a value that is no class."""
+
+
 @TRANSFORMS.register_module()
 class CheckLabels(BaseTransform):
     """Refuse a label map with a value that is no class.
@@ -18,8 +22,8 @@ class CheckLabels(BaseTransform):
         ignore_index (int): Another allowed value. Defaults to 255.
 
     Raises:
-        ValueError: If ``num_classes`` is no positive number; from
-            :meth:`transform`, if a map holds another value.
+        ValueError: If ``num_classes`` is no positive number.
+        LabelError: From :meth:`transform`, if a map holds another value.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255):
@@ -37,7 +41,7 @@ class CheckLabels(BaseTransform):
         wrong = (labels >= self.num_classes) & (labels != self.ignore_index)
         if wrong.any():
             values = np.unique(labels[wrong]).tolist()
-            raise ValueError(
+            raise LabelError(
                 f'{results["seg_map_path"]}: label values {values} are '
                 f'outside the classes: allowed are 0 to '
                 f'{self.num_classes - 1} and {self.ignore_index} (ignored)' +

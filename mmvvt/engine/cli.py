@@ -5,8 +5,9 @@ import inspect
 import os
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Set
 
 import torch
 import torch.distributed
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mmvvt.checkpoint import (READS_RUNNER_CHECKPOINTS, CheckpointError,
                               load_checkpoint_file)
+from mmvvt.datasets.labels import LabelError
 
 INSTALL_HINTS = {
     'mmpretrain': 'pip install mmpretrain==1.2.0',
@@ -196,6 +198,46 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
                 if '://' not in path and not os.path.isfile(path):
                     fail(f'{where}: the annotation file does not exist: '
                          f'{path}')
+
+
+def check_label_maps(cfg: Config, loaders: List[str]) -> None:
+    """Stop with one line where an image of a segmentor's data has no labels.
+
+    mmseg would find out when it comes to that image, hours later perhaps.
+
+    Args:
+        cfg (Config): The whole config; others than mmseg's are passed over.
+        loaders (list[str]): Names of the data loaders that will be used.
+    """
+    if cfg.get('default_scope') != 'mmseg':
+        return
+    listed: Dict[str, Set[str]] = {}  # names by folder: one look at each
+    for loader in loaders:
+        if cfg.get(loader) is None:
+            continue
+        for config in _datasets(cfg[loader]['dataset']):
+            dataset = DATASETS.build(dict(config, pipeline=[]))
+            for index in range(len(dataset)):
+                path = dataset.get_data_info(index).get('seg_map_path')
+                if path is None or '://' in path:
+                    continue
+                folder, name = os.path.split(path)
+                if folder not in listed:
+                    listed[folder] = set(
+                        os.listdir(folder)) if os.path.isdir(folder) else set()
+                if name not in listed[folder]:
+                    fail(f'{loader} ({config["type"]}): the annotation file '
+                         f'does not exist: {path}')
+
+
+@contextmanager
+def label_errors_in_one_line():
+    """End with one line where a label map is found wrong on the way."""
+    try:
+        yield
+    except LabelError as error:
+        # A worker process puts its whole traceback in front.
+        fail(str(error).strip().rpartition(f'{LabelError.__name__}: ')[2])
 
 
 # -- weights that are not there, or of another model --------------------------

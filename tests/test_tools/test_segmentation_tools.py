@@ -154,25 +154,46 @@ def test_annotations_are_absent(tmp_path):
         f'exist: {root / "annotations" / "training"}')
 
 
-@pytest.mark.parametrize('fault', ['one annotation is absent', 'a label value '
-                                   'is outside the classes'])
-def test_bad_annotations(fault, scenes_root, tmp_path):
+@pytest.fixture
+def bad_scenes(scenes_root, tmp_path):
+    """Scenes with a label value that is no class."""
     root = tmp_path / 'scenes'
     shutil.copytree(scenes_root, root)
-    for path in (root / 'annotations' / 'training').iterdir():
-        if 'absent' in fault:
-            path.unlink()
-        else:
-            labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-            labels[0, 0] = 77
-            cv2.imwrite(str(path), labels)
-    (root / 'annotations' / 'training' / 'kept').touch()
+    for path in (root / 'annotations').rglob('*.png'):
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        labels[0, 0] = 77
+        cv2.imwrite(str(path), labels)
+    return root
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_label_value_outside_the_classes(workers, bad_scenes, tmp_path):
+    done = run_tool('tools/train.py', DEMO, '--work-dir', tmp_path,
+                    '--cfg-options', NO_PRETRAINED, *STEPS,
+                    f'train_dataloader.num_workers={workers}',
+                    *roots(bad_scenes))
+    line = last_line(done)
+    assert line.startswith(
+        f'error: {bad_scenes / "annotations" / "training" / "0000"}')
+    assert line.endswith('label values [77] are outside the classes: '
+                         'allowed are 0 to 10 and 255 (ignored)')
+    assert 'Traceback' not in done.stdout
+
+
+def test_label_value_outside_the_classes_with_tta(bad_scenes, trained):
+    done = run_test(trained, bad_scenes, '--tta')
+    assert 'label values [77] are outside the classes' in last_line(done)
+    assert 'Traceback' not in done.stdout
+
+
+def test_one_annotation_is_absent(scenes_root, tmp_path):
+    root = tmp_path / 'scenes'
+    shutil.copytree(scenes_root, root)
+    gone = root / 'annotations' / 'training' / '00002.png'
+    gone.unlink()
     done = run_tool('tools/train.py', DEMO, '--work-dir', tmp_path,
                     '--cfg-options', NO_PRETRAINED, *STEPS, *roots(root))
-    line = last_line(done)
-    assert str(root / 'annotations' / 'training' / '0000') in line
-    if 'absent' in fault:
-        assert 'No such file or directory' in line
-    else:
-        assert line.endswith('label values [77] are outside the classes: '
-                             'allowed are 0 to 10 and 255 (ignored)')
+    assert last_line(done) == (
+        'error: train_dataloader (DigitScenes): the annotation file does not '
+        f'exist: {gone}')
+    assert 'Traceback' not in done.stdout

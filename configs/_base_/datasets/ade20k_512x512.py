@@ -67,6 +67,7 @@ tta_pipeline = [
                 dict(type='RandomFlip', prob=1., direction='horizontal'),
             ],
             [dict(type='LoadAnnotations')],
+            [dict(type='CheckLabels', num_classes=150)],
             [dict(type='PackSegInputs')],
         ])
 ]

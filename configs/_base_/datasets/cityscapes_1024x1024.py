@@ -63,6 +63,7 @@ tta_pipeline = [
                 dict(type='RandomFlip', prob=1., direction='horizontal'),
             ],
             [dict(type='LoadAnnotations')],
+            [dict(type='CheckLabels', num_classes=19)],
             [dict(type='PackSegInputs')],
         ])
 ]

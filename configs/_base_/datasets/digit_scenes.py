@@ -40,6 +40,7 @@ tta_pipeline = [
                 for size in (112, 128, 144)
             ],
             [dict(type='LoadAnnotations')],
+            [dict(type='CheckLabels', num_classes=11)],
             [dict(type='PackSegInputs')],
         ])
 ]
