@@ -54,6 +54,7 @@ model = dict(
         mask_head=dict(
             type='FCNMaskHead', num_convs=1, in_channels=16,
             conv_out_channels=16, num_classes=2)),
+    train_cfg=None,
     test_cfg=dict(
         rpn=dict(nms_pre=50, max_per_img=20, min_bbox_size=0,
                  nms=dict(type='nms', iou_threshold=0.7)),
