@@ -285,6 +285,14 @@ def test_detection(folder, detector, tmp_path, monkeypatch, capsys):
     picture = cv2.imread(str(out / entry['picture']))
     assert (picture[3::6, 3::6] == cv2.imread(str(file))).all()
 
+    # A model without masks.
+    assert infer_here(monkeypatch, file, config, checkpoint, '--out-dir', out,
+                      '--score-thr', 0, '--cfg-options',
+                      'model.roi_head.mask_head=None',
+                      'model.roi_head.mask_roi_extractor=None') is None
+    entry, = json.loads((out / 'results.json').read_text())['images']
+    assert 'masks' not in entry and len(entry['boxes']) > 0
+
 
 def test_kinds_of_png(tmp_path, photograph, digits_checkpoint, monkeypatch,
                       capsys):
