@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, photograph
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
 
 pytest.importorskip('mmdet')
@@ -119,6 +120,32 @@ def test_boxes_are_of_the_original_image(kind):
     found = result.pred_instances
     assert len(found) == 4 and found.bboxes.max() <= 60.01
     assert found.bboxes[:, 1::2].max() <= 48.01
+
+
+@pytest.mark.parametrize('kind', ['retinanet_vvt_fpn', 'dino_vvt'])
+def test_test_time_augmentation(kind, tmp_path):
+    """Boxes of six views come back into one image."""
+    cfg = Config.fromfile(BASES / 'datasets' / 'coco_detection.py')
+    for resize in cfg.tta_pipeline[-1].transforms[0]:
+        resize.scale = tuple(side // 10 for side in resize.scale)
+    path = tmp_path / 'image.png'
+    assert cv2.imwrite(str(path), photograph(60, 90))
+    views = Compose(cfg.tta_pipeline)(
+        dict(img_path=str(path), img_id=0, instances=[]))
+    assert len(views['inputs']) == 6
+
+    cfg.tta_model.tta_cfg.max_per_img = 7
+    model = MODELS.build(dict(cfg.tta_model, module=nano_model(kind)))
+    model.module.init_weights()
+    model.eval()
+    with torch.no_grad():
+        result, = model.test_step(pseudo_collate([views]))
+    found = result.pred_instances
+    assert len(found) == 7  # of six times four
+    assert (found.scores.diff() <= 0).all()
+    assert -0.01 <= found.bboxes.min()
+    assert found.bboxes[:, 0::2].max() <= 90.01
+    assert found.bboxes[:, 1::2].max() <= 60.01
 
 
 @pytest.mark.parametrize('kind', ['retinanet_vvt_fpn', 'mask-rcnn_vvt_fpn'])
