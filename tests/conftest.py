@@ -1,8 +1,10 @@
 """What several tests share."""
 
+import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,71 @@ def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout)
+
+
+def photograph(height, width):
+    """A real photograph, (H, W, 3), BGR."""
+    import cv2
+    path = resources.files('sklearn') / 'datasets' / 'images' / 'china.jpg'
+    return cv2.resize(cv2.imread(str(path)), (width, height))
+
+
+def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
+    """A data set in COCO's layout: a few objects on a photograph.
+
+    Args:
+        root (Path): Gets annotations/, train2017/ and val2017/.
+        classes (Sequence[str]): Names of the categories.
+        images (int): In each split; they have the same objects, and the
+            photograph in another light.
+        empty (int): How many of them, the last, have no objects.
+        size (tuple[int, int]): Height and width.
+    """
+    import cv2
+    height, width = size
+    (root / 'annotations').mkdir(parents=True)
+    for split in ('train2017', 'val2017'):
+        (root / split).mkdir()
+        annotations = []
+        for number in range(images):
+            image = photograph(height, width) // (number + 1)
+            assert cv2.imwrite(str(root / split / f'{number:012d}.jpg'), image)
+            if number >= images - empty:
+                continue
+            for k, (x, y, w, h) in enumerate([(3, 5, 40, 30), (50, 20, 30, 48),
+                                              (10, 30, 24, 24)]):
+                # a polygon, and last a crowd as run lengths of columns
+                crowd = int(k == 2)
+                counts = [x * height + y]
+                for _ in range(w):
+                    counts += [h, height - h]
+                counts[-1] += height * width - sum(counts)
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=number,
+                        category_id=2 * k + 1,
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=crowd,
+                        segmentation=dict(counts=counts, size=[height, width])
+                        if crowd else
+                        [[x, y, x + w, y, x + w, y + h, x, y + h]]))
+        content = dict(
+            images=[
+                dict(
+                    id=number,
+                    file_name=f'{number:012d}.jpg',
+                    height=height,
+                    width=width) for number in range(images)
+            ],
+            annotations=annotations,
+            # ids with gaps, as COCO's
+            categories=[
+                dict(id=2 * i + 1, name=name) for i, name in enumerate(classes)
+            ])
+        (root / 'annotations' / f'instances_{split}.json').write_text(
+            json.dumps(content))
 
 
 @pytest.fixture(scope='session')

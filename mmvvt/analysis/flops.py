@@ -5,6 +5,7 @@ from typing import Tuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvvt.models import VicinityAttention
@@ -23,21 +24,56 @@ class Complexity:
     multiply_adds: int
 
 
-def _data_samples(model: nn.Module, input_shape: Tuple[int, ...]) -> dict:
-    """What a model's forward pass takes beside the images."""
-    if not hasattr(model, 'roi_head'):
-        return {}
-    # Detectors of two stages clip their proposals to the image.
+# Heads of detectors of two stages, and what papers count these with: the
+# proposals of each image, and those that get a mask.
+TWO_STAGES = ('StandardRoIHead', 'CascadeRoIHead')
+NUM_PROPOSALS = 1000
+NUM_MASKS = 100
+
+
+def _is_detector(model: nn.Module) -> bool:
+    return any(
+        cls.__module__.startswith('mmdet.') for cls in type(model).__mro__)
+
+
+def _run_detector(model: nn.Module, images: Tensor) -> None:
+    """A detector's forward pass in mode 'tensor', with empty data samples."""
     from mmdet.structures import DetDataSample
-    height, width = input_shape[2:]
+    shape = tuple(images.shape[2:])
     meta = dict(
-        img_shape=(height, width),
-        ori_shape=(height, width),
-        pad_shape=(height, width),
+        img_shape=shape,
+        ori_shape=shape,
+        pad_shape=shape,
+        batch_input_shape=shape,
         scale_factor=(1., 1.))
-    return dict(data_samples=[
-        DetDataSample(metainfo=dict(meta)) for _ in range(input_shape[0])
-    ])
+    model(images, [DetDataSample(metainfo=dict(meta)) for _ in images])
+
+
+def _run_two_stages(model: nn.Module, images: Tensor) -> None:
+    """A pass whose proposals do not hang on the weights of the RPN."""
+    features = model.extract_feat(images)
+    if model.with_rpn:
+        model.rpn_head(features)
+    # (B, 5): number of the image, then the whole of it as a box
+    boxes = images.new_tensor([[number, 0, 0, images.shape[3],
+                                images.shape[2]]
+                               for number in range(len(images))])
+    head = model.roi_head
+    cascade = isinstance(head.bbox_head, nn.ModuleList)
+    for stage in range(len(head.bbox_head) if cascade else 1):
+        number = (stage, ) if cascade else ()
+        head._bbox_forward(*number, features, boxes.repeat(NUM_PROPOSALS, 1))
+        if head.with_mask:
+            head._mask_forward(*number, features, boxes.repeat(NUM_MASKS, 1))
+
+
+def _run(model: nn.Module, images: Tensor) -> None:
+    if not _is_detector(model):
+        model(images)
+    elif type(getattr(model, 'roi_head', None)).__name__ in TWO_STAGES:
+        _run_two_stages(model, images)
+    else:
+        _run_detector(model, images)
 
 
 def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
@@ -52,12 +88,13 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     mmengine models run in their 'tensor' mode: a classifier up to the class
     scores; a segmentor with its decode head and without the auxiliary one,
     which serves training alone (its parameters are counted); a detector with
-    neck and heads, one of two stages with as many proposals as its RPN gives
-    at random weights, mostly the configured most.
+    neck and heads, one of two stages or a cascade with 1000 proposals for
+    each box head and 100 for each mask head. The sampling in RoIAlign and in
+    deformable attention is not counted.
 
     Args:
-        model (nn.Module): Called with one tensor, and with empty data
-            samples where it has a ``roi_head``.
+        model (nn.Module): Called with one tensor, a detector of mmdet also
+            with empty data samples.
         input_shape (tuple[int, ...]): ``(B, C, H, W)``.
 
     Returns:
@@ -77,9 +114,7 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
         device = next(model.parameters()).device
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            model(
-                torch.zeros(input_shape, device=device),
-                **_data_samples(model, input_shape))
+            _run(model, torch.zeros(input_shape, device=device))
     finally:
         for module, backend, clamp in zip(attentions, backends, clamps):
             module.backend, module.clamp = backend, clamp

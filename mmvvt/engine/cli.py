@@ -20,6 +20,7 @@ from torch import Tensor
 from mmvvt.checkpoint import (READS_RUNNER_CHECKPOINTS, CheckpointError,
                               load_checkpoint_file)
 from mmvvt.datasets.labels import LabelError
+from mmvvt.engine.coco_check import check_coco_dataset, reads_coco
 
 INSTALL_HINTS = {
     'mmpretrain': 'pip install mmpretrain==1.2.0',
@@ -169,8 +170,16 @@ def _check_folder(path: str, where: str) -> None:
         fail(f'{where}: the data folder is empty: {path}')
 
 
+def _check_annotations(path: str, where: str) -> None:
+    if '://' not in path and not os.path.isfile(path):
+        fail(f'{where}: the annotation file does not exist: {path}')
+
+
 def check_data(cfg: Config, loaders: List[str]) -> None:
     """Stop with one line where a data set's files are not there.
+
+    Of a COCO data set, that also means a file in another format, with other
+    categories than the classes, or with images that are not there.
 
     Args:
         cfg (Config): The whole config.
@@ -180,9 +189,14 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
     for loader in loaders:
         if cfg.get(loader) is None:
             continue
-        for dataset in _datasets(cfg[loader]['dataset']):
-            if _fetches_itself(dataset):
-                continue
+        evaluator = cfg.get(loader.replace('dataloader', 'evaluator'))
+        if not isinstance(evaluator, dict):
+            evaluator = {}
+        datasets = [
+            dataset for dataset in _datasets(cfg[loader]['dataset'])
+            if not _fetches_itself(dataset)
+        ]
+        for dataset in datasets:
             where = f'{loader} ({dataset["type"]})'
             root = dataset.get('data_root') or ''
             prefix = dataset.get('data_prefix') or ''
@@ -194,10 +208,22 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
                     _check_folder(os.path.join(root, folder), where)
             annotations = dataset.get('ann_file')
             if isinstance(annotations, str) and annotations:
-                path = os.path.join(root, annotations)
-                if '://' not in path and not os.path.isfile(path):
-                    fail(f'{where}: the annotation file does not exist: '
-                         f'{path}')
+                _check_annotations(os.path.join(root, annotations), where)
+            cls = dataset_class(dataset)
+            if reads_coco(cls):
+                try:
+                    check_coco_dataset(
+                        dataset,
+                        cls,
+                        annotated=not evaluator.get('format_only', False))
+                except ValueError as error:
+                    fail(f'{where}: {error}')
+        # The metric's own file; a data set that fetches itself may write it.
+        annotations = evaluator.get('ann_file')
+        if datasets and isinstance(annotations, str):
+            where = f'{loader.replace("dataloader", "evaluator")} '
+            _check_annotations(annotations,
+                               f'{where}({evaluator.get("type")})')
 
 
 def check_label_maps(cfg: Config, loaders: List[str]) -> None:

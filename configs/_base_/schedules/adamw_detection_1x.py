@@ -1,0 +1,24 @@
+# Swin's setting for detectors, 12 epochs: AdamW, lr 1e-4 for 16 images (8 x
+# 2), weight decay 0.05 and none on norms and biases, 500 iterations of
+# warm-up, a tenth of the rate from epochs 8 and 11 on; mixed precision.
+optim_wrapper = dict(
+    type='AutoAmpOptimWrapper',
+    loss_scale='dynamic',
+    optimizer=dict(
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500),
+    dict(
+        type='MultiStepLR',
+        by_epoch=True,
+        end=12,
+        milestones=[8, 11],
+        gamma=0.1),
+]
+
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+auto_scale_lr = dict(base_batch_size=16)

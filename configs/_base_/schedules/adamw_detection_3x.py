@@ -1,0 +1,13 @@
+# As 1x, with 36 epochs; a tenth of the rate from epochs 27 and 33 on.
+_base_ = './adamw_detection_1x.py'
+
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500),
+    dict(
+        type='MultiStepLR',
+        by_epoch=True,
+        end=36,
+        milestones=[27, 33],
+        gamma=0.1),
+]
+train_cfg = dict(max_epochs=36)

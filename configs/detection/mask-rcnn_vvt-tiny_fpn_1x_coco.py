@@ -1,0 +1,16 @@
+# Mask R-CNN on VVT-tiny, COCO, 12 epochs.
+_base_ = [
+    '../_base_/models/mask-rcnn_vvt_fpn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/adamw_detection_1x.py',
+    '../_base_/detection_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='tiny',
+        drop_path_rate=0.1,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='pretrained/vvt-tiny_in1k.pth',
+            prefix='backbone.')))

@@ -1,0 +1,17 @@
+# RetinaNet on VVT-large, COCO, 12 epochs.
+_base_ = [
+    '../_base_/models/retinanet_vvt_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/adamw_detection_1x.py',
+    '../_base_/detection_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='large',
+        drop_path_rate=0.3,
+        with_cp=True,  # False: faster, and more memory
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='pretrained/vvt-large_in1k.pth',
+            prefix='backbone.')))

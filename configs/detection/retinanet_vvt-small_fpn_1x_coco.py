@@ -1,0 +1,16 @@
+# RetinaNet on VVT-small, COCO, 12 epochs.
+_base_ = [
+    '../_base_/models/retinanet_vvt_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/adamw_detection_1x.py',
+    '../_base_/detection_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='small',
+        drop_path_rate=0.2,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='pretrained/vvt-small_in1k.pth',
+            prefix='backbone.')))
