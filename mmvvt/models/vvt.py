@@ -17,6 +17,9 @@ from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
 from .attention import VicinityAttention
 
 MIN_SIZE = 32
+# Tokens whose hidden layer of the MLP is computed at once on a CPU: 4096 of
+# 768 channels are 12 MB in float32, about what stays in a core's caches.
+STRIP_NUMBERS = 4096 * 768
 
 
 class DWConv(BaseModule):
@@ -64,8 +67,45 @@ class ConvMLP(BaseModule):
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
+    def _rows_per_strip(self, x: Tensor, spatial_shape: Tuple[int,
+                                                               int]) -> int:
+        """Rows of an image to compute at once; 0 for the whole batch."""
+        if (torch.compiler.is_compiling() or x.device.type != 'cpu'
+                or torch.is_grad_enabled() or self.training):
+            return 0
+        hidden_dims = self.fc1.out_features
+        if x.shape[0] * x.shape[1] * hidden_dims <= STRIP_NUMBERS:
+            return 0
+        return max(1, STRIP_NUMBERS // (spatial_shape[1] * hidden_dims))
+
+    def _forward_in_strips(self, x: Tensor, spatial_shape: Tuple[int, int],
+                           rows: int) -> Tensor:
+        """The same, a strip of rows at a time: the wide layer stays in cache.
+
+        A strip takes a row more on each side, which the convolution needs.
+        """
+        height, width = spatial_shape
+        x = x.unflatten(1, spatial_shape)  # (B, h, w, C)
+        out = torch.empty_like(x)
+        for image, result in zip(x, out):
+            for top in range(0, height, rows):
+                bottom = min(top + rows, height)
+                first, last = max(top - 1, 0), min(bottom + 1, height)
+                strip = image[first:last].reshape(1, -1, x.shape[-1])
+                strip = self.dwconv(self.fc1(strip), (last - first, width))
+                # (1, rows * w, r * C), without the rows of the neighbours
+                strip = strip[:, (top - first) * width:(bottom - first) *
+                              width]
+                # (1, rows * w, C) -> (rows, w, C)
+                result[top:bottom] = self.fc2(self.act(strip)).view(
+                    bottom - top, width, -1)
+        return out.flatten(1, 2)  # (B, N, C)
+
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
+        rows = self._rows_per_strip(x, spatial_shape)
+        if rows:
+            return self._forward_in_strips(x, spatial_shape, rows)
         x = self.dwconv(self.fc1(x), spatial_shape)
         x = self.drop(self.act(x))
         return self.drop(self.fc2(x))
