@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -130,12 +131,15 @@ def test_results_in_coco_format(trained, config, data, tmp_path):
     assert all(cv2.imread(str(p)) is not None for p in pictures)
 
 
-def last_line(done):
-    assert done.returncode != 0
-    return done.stdout.strip().splitlines()[-1]
+def exit_line(monkeypatch, tool, *arguments):
+    """What a tool's main exits with, without a new process."""
+    monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+    return caught.value.code
 
 
-def test_bad_data_stops_both_tools(trained, config, data, tmp_path):
+def test_bad_data_stops_both_tools(config, data, tmp_path, monkeypatch):
     root = tmp_path / 'coco'
     shutil.copytree(data, root)
     (root / 'train2017' / '000000000001.jpg').unlink()
@@ -144,29 +148,38 @@ def test_bad_data_stops_both_tools(trained, config, data, tmp_path):
     content['categories'][2]['name'] = 'Car'
     path.write_text(json.dumps(content))
 
-    done = run_tool('tools/train.py', config, '--work-dir', tmp_path,
-                    '--cfg-options',
-                    f'train_dataloader.dataset.data_root={root}')
-    assert last_line(done) == (
+    line = exit_line(monkeypatch, 'train.py', config, '--work-dir', tmp_path,
+                     '--cfg-options',
+                     f'train_dataloader.dataset.data_root={root}')
+    assert line == (
         'error: train_dataloader (CocoDataset): '
         f'{root}/annotations/instances_train2017.json lists 2 images, of '
         f"which 1 do not exist: '{root}/train2017/000000000001.jpg'")
 
-    done = run_tool('tools/test.py', config, trained / 'epoch_1.pth',
-                    '--work-dir', tmp_path, '--cfg-options',
-                    f'test_dataloader.dataset.data_root={root}')
-    assert last_line(done).startswith(
+    line = exit_line(monkeypatch, 'test.py', config, __file__, '--work-dir',
+                     tmp_path, '--cfg-options',
+                     f'test_dataloader.dataset.data_root={root}')
+    assert line.startswith(
         f"error: test_dataloader (CocoDataset): {path} has no category 'car', "
         "of 80 classes; it has 'person', 'bicycle', 'Car' and 77 more")
 
 
 def test_masks_have_no_test_time_augmentation(monkeypatch):
     config = ROOT / 'configs/detection/mask-rcnn_vvt-tiny_fpn_1x_coco.py'
-    monkeypatch.setattr(sys, 'argv',
-                        ['test.py', str(config), __file__, '--tta'])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / 'tools' / 'test.py'), run_name='__main__')
-    assert caught.value.code == 'error: --tta needs tta_model in the config'
+    line = exit_line(monkeypatch, 'test.py', config, __file__, '--tta')
+    assert line == 'error: --tta needs tta_model in the config'
+
+
+def test_training_step():
+    done = run_tool('tools/analysis_tools/training_step.py',
+                    'configs/detection/mask-rcnn_vvt-tiny_fpn_1x_coco.py',
+                    '--batch', 1, '--runs', 1, '--shape', 65, 96,
+                    '--cfg-options', 'model.backbone.with_cp=True',
+                    'model.train_cfg.rcnn.sampler.num=16')
+    assert done.returncode == 0, done.stdout
+    assert re.fullmatch(
+        r'1 x 65 x 96: [\d.]+ s a step \(median of 1\), peak [\d.]+ GiB',
+        done.stdout.splitlines()[-1])
 
 
 def losses(work_dir):

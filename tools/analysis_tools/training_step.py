@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import torch
+from mmengine.config import DictAction
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -34,6 +35,11 @@ def parse_args():
         metavar=('HEIGHT', 'WIDTH'),
         help="images' size (default: a segmentor's crop; 800 1333 for a "
         'detector)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings of the config to override: key=value')
     return parser.parse_args()
 
 
@@ -85,10 +91,10 @@ def peak_gib():
 
 def main():
     args = parse_args()
-    if args.batch < 1 or args.runs < 1:
-        fail('--batch and --runs must be 1 or more, got '
-             f'{args.batch} and {args.runs}')
-    cfg = read_config(args.config)
+    if min(args.batch, args.runs, *(args.shape or [1])) < 1:
+        fail('--batch, --runs and --shape must be 1 or more, got '
+             f'{args.batch}, {args.runs} and {args.shape}')
+    cfg = read_config(args.config, args.cfg_options)
     if 'decode_head' in cfg.model:
         truth, shape = random_labels, cfg.model.data_preprocessor.size
     elif {'bbox_head', 'roi_head'} & set(cfg.model):
