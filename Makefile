@@ -7,11 +7,15 @@ DIGITS_CONFIG := configs/demo/vvt-nano_digits.py
 SCENES := work_dirs/vvt-nano_fpn_digit-scenes
 SCENES_CONFIG := configs/demo/vvt-nano_fpn_digit-scenes.py
 
-.PHONY: help demo demo-seg test lint install clean
+BOXES := work_dirs/retinanet_vvt-nano_digit-scenes
+BOXES_CONFIG := configs/demo/retinanet_vvt-nano_digit-scenes.py
+
+.PHONY: help demo demo-seg demo-det test lint install clean
 
 help:
 	@echo "make demo      train and test a small VVT on handwritten digits"
 	@echo "make demo-seg  segment handwritten digits on photographs"
+	@echo "make demo-det  find handwritten digits on photographs"
 	@echo "make test      install everything, mmcv's compiled ops too, and run the tests"
 	@echo "make lint      check the style"
 	@echo "make install   install everything and stop there"
@@ -25,7 +29,7 @@ demo:
 	$(PY) tools/analysis_tools/report_classification.py $(DIGITS_CONFIG) \
 	    $(DIGITS)/epoch_30.pth $(DIGITS) $(DIGITS)/test.pkl
 
-# The backbone of the segmentor starts from here.
+# The backbones of the other two demos start from here.
 $(DIGITS)/epoch_30.pth:
 	$(PY) tools/train.py $(DIGITS_CONFIG) --work-dir $(DIGITS)
 
@@ -38,6 +42,14 @@ demo-seg: install
 	$(PY) tools/analysis_tools/report_segmentation.py $(SCENES_CONFIG) \
 	    $(SCENES)/test.pkl $(SCENES)/predictions.png
 
+demo-det: install
+	$(MAKE) $(DIGITS)/epoch_30.pth
+	$(PY) tools/train.py $(BOXES_CONFIG) --work-dir $(BOXES)
+	$(PY) tools/test.py $(BOXES_CONFIG) $(BOXES)/iter_1600.pth \
+	    --work-dir $(BOXES) --out $(BOXES)/test.pkl
+	$(PY) tools/analysis_tools/report_detection.py $(BOXES_CONFIG) \
+	    $(BOXES)/test.pkl $(BOXES)/predictions.png
+
 install:
 	$(PYTHON) requirements/install.py full
 
@@ -48,4 +60,4 @@ lint: install
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv data/digits data/digit-scenes $(DIGITS) $(SCENES)
+	rm -rf .venv data/digits data/digit-scenes $(DIGITS) $(SCENES) $(BOXES)

@@ -26,7 +26,7 @@ OLD_KEYS = {
 def test_config(path):
     cfg = Config.fromfile(ROOT / path)
     assert not OLD_KEYS & set(cfg), 'keys of the MMCV 1 generation'
-    assert cfg.custom_imports.imports == ['mmvvt']
+    assert cfg.custom_imports.imports[0] == 'mmvvt'
     assert cfg.auto_scale_lr.base_batch_size > 0
     assert {'type': 'EpochSeedHook'} in cfg.custom_hooks
     model = build_model(cfg.model, cfg.default_scope)
