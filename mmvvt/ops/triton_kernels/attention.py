@@ -27,11 +27,12 @@ dS and ds have the form of S and s, and come from the same kernel. Kept for
 the backward pass are q, k, v and the sums; numerator and normaliser are made
 anew.
 
-Rounding: factors, clamps and sums are float32. A matrix product rounds its
-operands: for bfloat16 inputs to bfloat16, and that is k times its factor (once: rounding the factor by itself would be one error common to the
-whole token), the clamped S and t; q and v are bfloat16 as they come. float16
-has too few exponents for sums and gradients, so its products run in TF32,
-which holds a float16 exactly; float32 products are IEEE float32.
+Rounding: factors, clamps and sums are float32; what a matrix product takes
+depends on the inputs. Of bfloat16 inputs it takes bfloat16: q and v as they
+come, k times its factor rounded once (a factor rounded by itself would be one
+error common to all of a token), the clamped S, dS and t rounded. float16 has
+too few exponents for sums and gradients, so those products run in TF32, which
+holds a float16 exactly. Products of float32 are IEEE float32.
 
 Sums over blocks of tokens are written side by side and added in a fixed
 order: the same call gives the same bits.
@@ -119,7 +120,8 @@ def _relu(x):
 def _dot(x, y, acc, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     x, y = cast(x, PRODUCT), cast(y, PRODUCT)
     if PRECISION == 'tf32' and PRODUCT == tl.float32:
-        x, y = round_bits(x, 13), round_bits(y, 13)  # the tensor cores drop bits
+        # The tensor cores drop these bits.
+        x, y = round_bits(x, 13), round_bits(y, 13)
     if _INTERPRETED:  # it would multiply the bits of a bfloat16
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, acc, input_precision=PRECISION)
