@@ -39,7 +39,7 @@ order: the same call gives the same bits.
 """
 
 import math
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import triton
@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (INTERPRETED, add_chunks, cast, clamp, inside,
-                     num_programs, round_bits, split)
+                     num_programs, on_its_device, round_bits, split)
 
 FACTORS = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
 _HALF_PI = tl.constexpr(math.pi / 2)
@@ -494,11 +494,11 @@ def _align(*tensors: Tensor) -> int:
     return math.gcd(16, *(t.stride(i) for t in tensors for i in (0, 1)))
 
 
-def _new_like(t: Tensor) -> Tensor:
+def _new_like(t: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Uninitialised, in the memory order of tokens: ``(B, N, heads, d)``."""
     b, heads, n, d = t.shape
     # (B, N, heads, d) -> (B, heads, N, d)
-    return t.new_empty((b, n, heads, d)).transpose(1, 2)
+    return t.new_empty((b, n, heads, d), dtype=dtype).transpose(1, 2)
 
 
 def _take_sums(x, y, weight, grid_shape, settings, forward=None) -> Tensor:
@@ -530,6 +530,7 @@ def _take_sums(x, y, weight, grid_shape, settings, forward=None) -> Tensor:
 
 
 @torch.library.custom_op('mmvvt::vicinity_attention', mutates_args=())
+@on_its_device
 def _forward(q: Tensor, k: Tensor, v: Tensor, query_shape: List[int],
              key_shape: List[int], locality: str, clamp: bool,
              eps: float) -> Tuple[Tensor, Tensor]:
@@ -559,14 +560,16 @@ def _(q, k, v, query_shape, key_shape, locality, clamp, eps):
 
 @torch.library.custom_op('mmvvt::vicinity_attention_backward',
                          mutates_args=())
+@on_its_device
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
               query_shape: List[int], key_shape: List[int], locality: str,
               clamp: bool, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
     b, heads, n, _ = q.shape
     settings = _settings(q, locality)
     dq, dk, dv = (_new_like(t) for t in (q, k, v))
-    # t has no bounds that float16 could hold
-    t = _new_like(q if q.dtype == torch.bfloat16 else q.float())
+    # t has no bounds that float16 could keep.
+    t = _new_like(q, torch.bfloat16 if q.dtype ==
+                  torch.bfloat16 else torch.float32)
     delta = q.new_empty((b * heads, n), dtype=torch.float32)
     tile = _TILES[q.dtype][2]
     tiles = triton.cdiv(n, tile)

@@ -1,7 +1,8 @@
 """What the kernels share: how work is cut, rounding, sums of chunks."""
 
 import os
-from typing import Optional, Tuple
+from functools import wraps
+from typing import Callable, Optional, Tuple
 
 import torch
 import triton
@@ -15,6 +16,17 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOW = tl.constexpr(CLAMP_MIN)
 _HIGH = tl.constexpr(CLAMP_MAX)
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Run on the device of the first argument; Triton takes the current."""
+
+    @wraps(function)
+    def run(t: Tensor, *args):
+        with torch.cuda.device_of(t):
+            return function(t, *args)
+
+    return run
 
 
 def num_programs(device: torch.device) -> int:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import add_chunks, cast, num_programs, split
+from .common import add_chunks, cast, num_programs, on_its_device, split
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
@@ -200,6 +200,7 @@ def _run_convolve(x: Tensor, weight: Tensor, bias: Tensor, h: int, w: int,
 
 
 @torch.library.custom_op('mmvvt::dwconv_gelu', mutates_args=())
+@on_its_device
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, h: int,
              w: int) -> Tensor:
     return _run_convolve(x.contiguous(), weight.contiguous(),
@@ -212,6 +213,7 @@ def _(x, weight, bias, h, w):
 
 
 @torch.library.custom_op('mmvvt::dwconv_gelu_backward', mutates_args=())
+@on_its_device
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h: int,
               w: int) -> Tuple[Tensor, Tensor, Tensor]:
     dy, x, weight, bias = (t.contiguous() for t in (dy, x, weight, bias))
