@@ -65,7 +65,8 @@ def test_interpreted():
 @pytest.mark.parametrize('clamp', [True, False])
 @pytest.mark.parametrize('query_shape,key_shape', GRIDS)
 def test_grids(query_shape, key_shape, clamp):
-    inputs = make_inputs(query_shape, key_shape)
+    batch = 2 if key_shape else 1
+    inputs = make_inputs(query_shape, key_shape, batch, heads=2)
     compare(inputs, query_shape, key_shape=key_shape, clamp=clamp, eps=1e-2)
 
 
@@ -152,7 +153,7 @@ def test_uninitialised_memory_is_written(monkeypatch):
 
 @needs_kernels
 def test_same_bits_twice():
-    inputs = make_inputs((11, 15), batch=1)
+    inputs = make_inputs((11, 15), batch=1, heads=1)
     first, second = (run(inputs, (11, 15), 'triton') for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -196,10 +197,10 @@ def test_low_precision(dtype, locality):
 @pytest.mark.parametrize('clamp', [True, False])
 @pytest.mark.parametrize('dtype', HALF)
 def test_no_overflow(dtype, clamp):
-    # Key-value sums of 5e7: 65 504 is the largest float16.
-    q, k, v = (torch.full((1, 1, 512, 16), value, dtype=dtype, device=DEVICE)
+    # Key-value sums of 2e7: 65 504 is the largest float16.
+    q, k, v = (torch.full((1, 1, 256, 16), value, dtype=dtype, device=DEVICE)
                for value in (300., 300., 300.))
-    ours = run((q, k, v), (16, 32), 'triton', clamp=clamp,
+    ours = run((q, k, v), (16, 16), 'triton', clamp=clamp,
                cotangent=torch.full(q.shape, 1e-3))
     for name, t in ours.items():
         assert t.isfinite().all(), name
