@@ -1,8 +1,9 @@
 """Vicinity attention: checks its arguments, picks a backend, calls it."""
 
+import importlib.util
 import os
 from contextlib import nullcontext
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -18,16 +19,55 @@ if DEFAULT_BACKEND not in BACKENDS:
                      f'{BACKENDS}, got {DEFAULT_BACKEND!r}')
 
 
-def check_backend(backend: str) -> str:
+# Looked for, not imported: that takes a second.
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+# Triton reads the variable when it is imported.
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_HEAD_DIM = 128
+
+
+def _triton_obstacle(tensors: Dict[str, Tensor]) -> Optional[str]:
+    """Why no Triton kernel can take these tensors; None if one can."""
+    if not HAS_TRITON:
+        return 'Triton is not installed'
+    if torch.version.hip:
+        return 'the Triton kernels are for NVIDIA, this is a ROCm build'
+    for name, t in tensors.items():
+        if not t.is_cuda and not INTERPRETED:
+            return (f'Triton needs CUDA tensors, {name} is on {t.device} '
+                    '(TRITON_INTERPRET=1 in the environment runs it slowly '
+                    'on a CPU)')
+        if t.is_cuda and torch.cuda.get_device_properties(t.device).major < 8:
+            return ('the Triton kernels need an NVIDIA GPU of compute '
+                    f'capability 8.0 (Ampere) or later for {name}')
+        if t.dtype not in TRITON_DTYPES:
+            return (f'the Triton kernels compute in float32, {name} is '
+                    f'{t.dtype}')
+        if t.numel() == 0:
+            return f'a Triton kernel needs something to do, {name} is empty'
+    return None
+
+
+def check_backend(backend: str,
+                  tensors: Optional[Dict[str, Tensor]] = None,
+                  obstacle: Optional[str] = None) -> str:
     """Name of the backend that will run.
 
     Args:
         backend (str): One of :data:`BACKENDS`. 'auto' stands for the
             environment variable ``MMVVT_BACKEND`` where that is set, and for
-            the fastest one that can run otherwise.
+            'torch' otherwise. It does not take 'triton' by itself: those
+            kernels have been proven in Triton's interpreter and compiled for
+            GPUs, but not timed on one yet.
+        tensors (dict[str, Tensor], optional): The tensors it is to run on,
+            by name. Defaults to None, not known yet: 'triton' only has to be
+            installed then.
+        obstacle (str, optional): Why the Triton kernel cannot take these
+            arguments, if the operation knows a reason. Defaults to None.
 
     Returns:
-        str: 'reference' or 'torch'.
+        str: 'reference', 'torch' or 'triton'.
 
     Raises:
         ValueError: If there is no such backend.
@@ -40,15 +80,18 @@ def check_backend(backend: str) -> str:
         backend = DEFAULT_BACKEND
     if backend == 'auto':
         backend = 'torch'
-    if backend == 'triton':
-        raise RuntimeError(
-            "backend 'triton' cannot run: this version of mmvvt has no Triton "
-            "kernels; use 'auto', 'torch' or 'reference'")
+    if backend != 'triton':
+        return backend
+    obstacle = _triton_obstacle(tensors or {}) or obstacle
+    if obstacle is not None:
+        raise RuntimeError(f"backend 'triton' cannot run: {obstacle}; use "
+                           "'auto', 'torch' or 'reference'")
     return backend
 
 
-def _check_grid(name: str, shape: Tuple[int, int], tokens: int,
-                tensor_name: str) -> Tuple[int, int]:
+def check_grid(name: str, shape: Tuple[int, int], tokens: int,
+               tensor_name: str) -> Tuple[int, int]:
+    """Raise a ValueError unless the grid ``(h, w)`` has that many tokens."""
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 1:
         raise ValueError(f'{name} must be (h, w), both at least 1, '
                          f'got {tuple(shape)}')
@@ -76,6 +119,17 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, locality: str) -> None:
         raise ValueError(
             f'q {tuple(q.shape)} and k {tuple(k.shape)} must agree in '
             f'(B, heads, ., d)')
+
+
+def _attention_obstacle(q: Tensor, k: Tensor, v: Tensor) -> Optional[str]:
+    """What, beyond the device and the types, the Triton kernels cannot do."""
+    if q.shape[-1] > TRITON_HEAD_DIM:
+        return (f'the Triton kernels take heads of up to {TRITON_HEAD_DIM} '
+                f'channels, q has {q.shape[-1]}')
+    if not q.dtype == k.dtype == v.dtype:
+        return (f'the Triton kernels take q, k and v of one type, got '
+                f'{q.dtype}, {k.dtype} and {v.dtype}')
+    return None
 
 
 def vicinity_attention(q: Tensor,
@@ -118,9 +172,10 @@ def vicinity_attention(q: Tensor,
         eps (float): Added to the sum of weights. Defaults to 1e-4.
         backend (str): 'reference' is for reading and testing: the quadratic
             definition where ``clamp`` is False, the plain linear form where
-            it is True. 'torch' is the linear form in stock operations.
-            'auto' takes the environment variable ``MMVVT_BACKEND``, or the
-            fastest backend that can run. Defaults to 'auto'.
+            it is True. 'torch' is the linear form in stock operations,
+            'triton' in fused kernels for NVIDIA GPUs (float32, bfloat16 or
+            float16, d up to 128). 'auto' takes the environment variable
+            ``MMVVT_BACKEND``, or 'torch'. Defaults to 'auto'.
 
     Returns:
         Tensor: ``(B, heads, N, d)`` in the dtype of ``q``. Sums run in
@@ -131,12 +186,17 @@ def vicinity_attention(q: Tensor,
         RuntimeError: If the backend cannot run, with the reason.
     """
     _check_arguments(q, k, v, locality)
-    query_shape = _check_grid('spatial_shape', spatial_shape, q.shape[2], 'q')
+    query_shape = check_grid('spatial_shape', spatial_shape, q.shape[2], 'q')
     if key_shape is None:
-        key_shape = _check_grid('spatial_shape', query_shape, k.shape[2], 'k')
+        key_shape = check_grid('spatial_shape', query_shape, k.shape[2], 'k')
     else:
-        key_shape = _check_grid('key_shape', key_shape, k.shape[2], 'k')
-    backend = check_backend(backend)
+        key_shape = check_grid('key_shape', key_shape, k.shape[2], 'k')
+    backend = check_backend(backend, dict(q=q, k=k, v=v),
+                            _attention_obstacle(q, k, v))
+    if backend == 'triton':
+        from .triton_kernels import attention
+        return attention.linear_attention(q, k, v, query_shape, key_shape,
+                                          locality, clamp, eps)
 
     dtype = q.dtype
     accumulate = torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,162 @@
+"""Depthwise convolution with GELU: the stock path and the Triton kernels."""
+
+import pytest
+import torch
+from conftest import relative_error
+from triton_testing import (DEVICE, INTERPRETED, needs_kernels, poison,
+                            run_interpreted)
+
+from mmvvt.ops import dwconv_gelu
+
+# (B, h, w, C): strips of 8 columns, 16 rows, 64 and 128 channels, none full
+SHAPES = [(2, 5, 9, 6), (1, 1, 11, 130), (1, 33, 3, 5), (2, 1, 1, 65)]
+
+
+def make_inputs(b, h, w, c, dtype=torch.float32):
+    return [
+        torch.randn(shape).to(DEVICE, dtype).requires_grad_()
+        for shape in ((b, h * w, c), (c, 1, 3, 3), (c, ))
+    ]
+
+
+def run(inputs, shape, backend, dtype=None):
+    inputs = [t.detach().to(dtype or t.dtype).requires_grad_()
+              for t in inputs]
+    out = dwconv_gelu(*inputs, shape, backend=backend)
+    torch.manual_seed(1)
+    cotangent = torch.randn(out.shape).to(out)
+    grads = torch.autograd.grad(out, inputs, cotangent)
+    return dict(zip(('output', 'x', 'weight', 'bias'), (out, *grads)))
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == 'cuda', reason='it is running')
+def test_interpreted():
+    run_interpreted('test_dwconv_gelu.py')
+
+
+def test_by_hand():
+    """Each weight looks where it should, and padding is 0."""
+    x = torch.arange(1., 7.).view(1, 6, 1)  # a grid of 2 x 3
+    for row in range(3):
+        for col in range(3):
+            weight = torch.zeros(1, 1, 3, 3)
+            weight[0, 0, row, col] = 1
+            out = dwconv_gelu(x, weight, torch.full((1, ), 2.), (2, 3),
+                              backend='torch')
+            for r in range(2):
+                for c in range(3):
+                    at = r + row - 1, c + col - 1
+                    inside = 0 <= at[0] < 2 and 0 <= at[1] < 3
+                    total = 2. + (1. + at[0] * 3 + at[1] if inside else 0.)
+                    want = torch.nn.functional.gelu(torch.tensor(total))
+                    assert torch.isclose(out[0, r * 3 + c, 0], want)
+
+
+@needs_kernels
+@pytest.mark.parametrize('shape', SHAPES)
+def test_kernels(shape):
+    inputs = make_inputs(*shape)
+    ours = run(inputs, shape[1:3], 'triton')
+    wants = run(inputs, shape[1:3], 'torch', torch.float64)
+    for name, want in wants.items():
+        assert ours[name].shape == want.shape
+        assert relative_error(ours[name].cpu(), want.cpu()) < 1e-6, name
+
+
+@needs_kernels
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    """Errors at most twice those of plain PyTorch in the same dtype."""
+    inputs = make_inputs(2, 5, 9, 6, dtype=dtype)
+    exact = run(inputs, (5, 9), 'torch', torch.float64)
+    plain = run(inputs, (5, 9), 'torch')
+    for name, t in run(inputs, (5, 9), 'triton').items():
+        assert t.dtype == dtype
+        error = relative_error(t.cpu(), exact[name].cpu())
+        allowed = relative_error(plain[name].cpu(), exact[name].cpu())
+        assert error <= 2 * allowed, name
+
+
+@needs_kernels
+def test_weights_may_stay_float32():
+    """As under autocast: the type of the result is that of x."""
+    x, weight, bias = make_inputs(1, 4, 5, 6)
+    ours = run((x.bfloat16(), weight, bias), (4, 5), 'triton', None)
+    assert ours['output'].dtype == ours['x'].dtype == torch.bfloat16
+    assert ours['weight'].dtype == ours['bias'].dtype == torch.float32
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = dwconv_gelu(x, weight, bias, (4, 5), backend='triton')
+    assert torch.equal(out, ours['output'])
+
+
+@needs_kernels
+def test_any_strides():
+    x, weight, bias = make_inputs(2, 4, 5, 12)
+    ours = run((x[..., ::2], weight[::2], bias[::2]), (4, 5), 'triton')
+    wants = run((x[..., ::2], weight[::2], bias[::2]), (4, 5), 'torch')
+    for name, want in wants.items():
+        torch.testing.assert_close(ours[name], want, msg=name)
+
+
+@needs_kernels
+def test_uninitialised_memory_is_written(monkeypatch):
+    inputs = make_inputs(2, 5, 9, 6)
+    poison(monkeypatch)
+    ours = run(inputs, (5, 9), 'triton')
+    monkeypatch.undo()
+    for name, t in ours.items():
+        assert t.isfinite().all(), name
+
+
+@needs_kernels
+def test_same_bits_twice():
+    inputs = make_inputs(2, 5, 9, 6)
+    first, second = (run(inputs, (5, 9), 'triton') for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@needs_kernels
+def test_inference_then_training():
+    inputs = make_inputs(1, 3, 4, 5)
+    with torch.inference_mode():
+        out = dwconv_gelu(*inputs, (3, 4), backend='triton')
+    again = dwconv_gelu(*inputs, (3, 4), backend='triton')
+    again.sum().backward()
+    assert torch.equal(out, again)
+
+
+@needs_kernels
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_compiles_in_one_graph(dynamic):
+    inputs = make_inputs(2, 4, 5, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(dwconv_gelu, fullgraph=True, dynamic=dynamic,
+                             backend='aot_eager')
+    out = compiled(*inputs, (4, 5), backend='triton')
+    assert torch.equal(out, dwconv_gelu(*inputs, (4, 5), backend='triton'))
+    out.sum().backward()
+    assert all(t.grad.isfinite().all() for t in inputs)
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(x=torch.zeros(6, 4)), r'x must be \(B, N, C\), got shape \(6, 4\)'),
+    (dict(weight=torch.zeros(4, 3, 3)), r'must be \(4, 1, 3, 3\) and \(4,\)'),
+    (dict(bias=torch.zeros(3)), r'got \(4, 1, 3, 3\) and \(3,\)'),
+    (dict(spatial_shape=(2, 2)), r'\(2, 2\) has 4 tokens, but x has 6'),
+    (dict(backend='cuda'), "backend must be one of .*, got 'cuda'"),
+])
+def test_bad_input(change, message):
+    arguments = dict(
+        x=torch.zeros(1, 6, 4),
+        weight=torch.zeros(4, 1, 3, 3),
+        bias=torch.zeros(4),
+        spatial_shape=(2, 3))
+    with pytest.raises(ValueError, match=message):
+        dwconv_gelu(**{**arguments, **change})
+
+
+def test_backend_that_cannot_run_says_why():
+    inputs = make_inputs(1, 2, 3, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="'triton' cannot run: .*use"):
+        dwconv_gelu(*inputs, (2, 3), backend='triton')

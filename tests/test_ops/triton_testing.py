@@ -1,0 +1,59 @@
+"""Where the Triton tests run, and the start of their interpreter."""
+
+import os
+
+import pytest
+import torch
+from conftest import ROOT, run_tool
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = 'cuda' if torch.cuda.is_available() and not INTERPRETED else 'cpu'
+
+# Triton reads TRITON_INTERPRET when it is imported, once for a whole process:
+# without a GPU these tests run in a process of their own.
+needs_kernels = pytest.mark.skipif(
+    DEVICE == 'cpu' and not INTERPRETED,
+    reason='runs in a process with TRITON_INTERPRET=1, see test_interpreted')
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patched = set()
+
+    def _call(self, *args, **kwargs):
+        home = self.fn.__globals__['__name__']
+        if home.startswith('triton.') and home not in _patched:
+            _patched.add(home)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    # Triton 3.6 readies its language anew whenever one function of a kernel
+    # calls another, on top of what is there: 30 times as slow as once.
+    if hasattr(interpreter.InterpretedFunction, 'rewrite'):
+        interpreter.InterpretedFunction.__call__ = _call
+
+
+def run_interpreted(name):
+    """Run a test file in Triton's interpreter, on the CPU."""
+    pytest.importorskip('triton')
+    done = run_tool(
+        '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',
+        ROOT / 'tests' / 'test_ops' / name,
+        env={'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''},
+        timeout=900)
+    assert done.returncode == 0, done.stdout
+    assert ' passed' in done.stdout, done.stdout
+
+
+def poison(monkeypatch):
+    """Fill what PyTorch leaves uninitialised with NaN."""
+    for owner, name in ((torch, 'empty'), (torch, 'empty_like'),
+                        (torch.Tensor, 'new_empty')):
+        make = getattr(owner, name)
+
+        def poisoned(*args, make=make, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float('nan')) if t.is_floating_point() else t
+
+        monkeypatch.setattr(owner, name, poisoned)
