@@ -14,6 +14,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
+from mmvvt.ops import check_backend
 from .attention import VicinityAttention
 
 MIN_SIZE = 32
@@ -27,11 +28,14 @@ class DWConv(BaseModule):
 
     Args:
         channels (int): Number of channels.
+        plain (bool): Copy to ``(B, C, h, w)`` and back, as the official code
+            does. Defaults to False, no copies.
         init_cfg (dict, optional): Initialisation. Defaults to None.
     """
 
-    def __init__(self, channels: int, init_cfg=None):
+    def __init__(self, channels: int, plain: bool = False, init_cfg=None):
         super().__init__(init_cfg)
+        self.plain = plain
         self.dwconv = nn.Conv2d(
             channels, channels, 3, padding=1, groups=channels)
 
@@ -39,7 +43,7 @@ class DWConv(BaseModule):
         """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
         # (B, N, C) -> (B, h, w, C) -> (B, C, h, w), channels last: no copy
         x = x.unflatten(1, spatial_shape).permute(0, 3, 1, 2)
-        x = self.dwconv(x)
+        x = self.dwconv(x.contiguous() if self.plain else x)
         # (B, C, h, w) -> (B, h, w, C) -> (B, N, C)
         return x.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -52,6 +56,9 @@ class ConvMLP(BaseModule):
         hidden_dims (int): Channels in between.
         drop_rate (float): Dropout after the GELU and at the end. Defaults
             to 0.
+        backend (str): 'reference' is the plain way of the official code;
+            with any other, strips of rows where no gradient is wanted.
+            Defaults to 'auto'.
         init_cfg (dict, optional): Initialisation. Defaults to None.
     """
 
@@ -59,10 +66,12 @@ class ConvMLP(BaseModule):
                  embed_dims: int,
                  hidden_dims: int,
                  drop_rate: float = 0.,
+                 backend: str = 'auto',
                  init_cfg=None):
         super().__init__(init_cfg)
+        self.plain = check_backend(backend) == 'reference'
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.dwconv = DWConv(hidden_dims)
+        self.dwconv = DWConv(hidden_dims, self.plain)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
@@ -70,8 +79,9 @@ class ConvMLP(BaseModule):
     def _rows_per_strip(self, x: Tensor, spatial_shape: Tuple[int,
                                                                int]) -> int:
         """Rows of an image to compute at once; 0 for the whole batch."""
-        if (torch.compiler.is_compiling() or x.device.type != 'cpu'
-                or torch.is_grad_enabled() or self.training):
+        if (self.plain or torch.compiler.is_compiling()
+                or x.device.type != 'cpu' or torch.is_grad_enabled()
+                or self.training):
             return 0
         hidden_dims = self.fc1.out_features
         if x.shape[0] * x.shape[1] * hidden_dims <= STRIP_NUMBERS:
@@ -150,7 +160,11 @@ class VVTBlock(BaseModule):
             sr_ratio=sr_ratio,
             **attn_cfg)
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.mlp = ConvMLP(embed_dims, embed_dims * mlp_ratio, drop_rate)
+        self.mlp = ConvMLP(
+            embed_dims,
+            embed_dims * mlp_ratio,
+            drop_rate,
+            backend=attn_cfg.get('backend', 'auto'))
         self.drop_path = DropPath(drop_path_rate)
 
     def _forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
