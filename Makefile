@@ -37,7 +37,7 @@ $(DIGITS)/epoch_30.pth:
 demo-seg: install
 	$(MAKE) $(DIGITS)/epoch_30.pth
 	$(PY) tools/train.py $(SCENES_CONFIG) --work-dir $(SCENES)
-	$(PY) tools/test.py $(SCENES_CONFIG) $(SCENES)/iter_2400.pth \
+	$(PY) tools/test.py $(SCENES_CONFIG) $(SCENES)/iter_1500.pth \
 	    --work-dir $(SCENES) --out $(SCENES)/test.pkl
 	$(PY) tools/analysis_tools/report_segmentation.py $(SCENES_CONFIG) \
 	    $(SCENES)/test.pkl $(SCENES)/predictions.png
@@ -53,8 +53,9 @@ demo-det: install
 install:
 	$(PYTHON) requirements/install.py full
 
+# A test process a core, one thread each; a file's tests share what they set up.
 test: install
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 lint: install
 	$(PY) -m ruff check .

@@ -7,9 +7,16 @@ _base_ = [
 # Three equal channels, so that the backbone also serves coloured scenes.
 data_preprocessor = dict(num_classes=10, mean=[127.5] * 3, std=[127.5] * 3)
 
-pipeline = [
+train_pipeline = [
     dict(type='LoadImageFromFile'),
     # 8 x 8 pixels to the least that the backbone takes
+    dict(type='Resize', scale=(32, 32), interpolation='bicubic'),
+    # Dark ink on light, too: the scenes of the other demos have it.
+    dict(type='Invert', prob=0.25),
+    dict(type='PackInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(32, 32), interpolation='bicubic'),
     dict(type='PackInputs'),
 ]
@@ -21,7 +28,7 @@ train_dataloader = dict(
     drop_last=True,
     dataset=dict(
         type='Digits', data_root='data/digits', split='train',
-        pipeline=pipeline))
+        pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=90,
     num_workers=0,
@@ -29,7 +36,7 @@ val_dataloader = dict(
     collate_fn=dict(type='default_collate'),
     dataset=dict(
         type='Digits', data_root='data/digits', split='val',
-        pipeline=pipeline))
+        pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=1)
 test_evaluator = val_evaluator

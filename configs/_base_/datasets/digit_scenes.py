@@ -3,9 +3,18 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='CheckLabels', num_classes=11),
+    # Most photographs are dark, and so the ink is light: as often the other
+    # way round.
+    dict(type='mmpretrain.Invert', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = train_pipeline
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='CheckLabels', num_classes=11),
+    dict(type='PackSegInputs'),
+]
 
 train_dataloader = dict(
     batch_size=8,

@@ -3,8 +3,8 @@
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    # Half of the photographs are dark, and so the ink is light: as often
-    # the other way round.
+    # Most photographs are dark, and so the ink is light: as often the other
+    # way round.
     dict(type='mmpretrain.Invert', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackDetInputs'),

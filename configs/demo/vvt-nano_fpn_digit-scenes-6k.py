@@ -1,7 +1,7 @@
-# The demo with five times the iterations.
+# The demo with four times the iterations.
 _base_ = './vvt-nano_fpn_digit-scenes.py'
 
-iterations = 12000
+iterations = 6000
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=50),
     dict(
