@@ -37,7 +37,7 @@ $(DIGITS)/epoch_30.pth:
 demo-seg: install
 	$(MAKE) $(DIGITS)/epoch_30.pth
 	$(PY) tools/train.py $(SCENES_CONFIG) --work-dir $(SCENES)
-	$(PY) tools/test.py $(SCENES_CONFIG) $(SCENES)/iter_1500.pth \
+	$(PY) tools/test.py $(SCENES_CONFIG) $(SCENES)/iter_1100.pth \
 	    --work-dir $(SCENES) --out $(SCENES)/test.pkl
 	$(PY) tools/analysis_tools/report_segmentation.py $(SCENES_CONFIG) \
 	    $(SCENES)/test.pkl $(SCENES)/predictions.png
@@ -45,7 +45,7 @@ demo-seg: install
 demo-det: install
 	$(MAKE) $(DIGITS)/epoch_30.pth
 	$(PY) tools/train.py $(BOXES_CONFIG) --work-dir $(BOXES)
-	$(PY) tools/test.py $(BOXES_CONFIG) $(BOXES)/iter_1600.pth \
+	$(PY) tools/test.py $(BOXES_CONFIG) $(BOXES)/iter_1400.pth \
 	    --work-dir $(BOXES) --out $(BOXES)/test.pkl
 	$(PY) tools/analysis_tools/report_detection.py $(BOXES_CONFIG) \
 	    $(BOXES)/test.pkl $(BOXES)/predictions.png

@@ -14,7 +14,7 @@ model = dict(
             checkpoint='work_dirs/vvt-nano_digits/epoch_30.pth',
             prefix='backbone.')))
 
-iterations = 1600
+iterations = 1400
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),

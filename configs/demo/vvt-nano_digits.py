@@ -12,7 +12,7 @@ train_pipeline = [
     # 8 x 8 pixels to the least that the backbone takes
     dict(type='Resize', scale=(32, 32), interpolation='bicubic'),
     # Dark ink on light, too: the scenes of the other demos have it.
-    dict(type='Invert', prob=0.25),
+    dict(type='Invert', prob=0.1),
     dict(type='PackInputs'),
 ]
 test_pipeline = [

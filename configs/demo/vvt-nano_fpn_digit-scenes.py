@@ -20,7 +20,7 @@ model = dict(
         dict(type='DiceLoss', use_sigmoid=False, ignore_index=10),
     ]))
 
-iterations = 1500
+iterations = 1100
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),

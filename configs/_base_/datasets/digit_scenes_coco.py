@@ -22,7 +22,8 @@ test_pipeline = [
 
 train_dataloader = dict(
     batch_size=8,
-    num_workers=0,
+    num_workers=1,
+    worker_init_fn=dict(type='seed_worker'),
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='DigitScenesCoco',
