@@ -48,7 +48,7 @@ demo-det: install
 	$(PY) tools/test.py $(BOXES_CONFIG) $(BOXES)/iter_1400.pth \
 	    --work-dir $(BOXES) --out $(BOXES)/test.pkl
 	$(PY) tools/analysis_tools/report_detection.py $(BOXES_CONFIG) \
-	    $(BOXES)/test.pkl $(BOXES)/predictions.png
+	    $(BOXES)/test.pkl $(BOXES)/predictions.png --score-thr 0.5
 
 install:
 	$(PYTHON) requirements/install.py full

@@ -87,7 +87,9 @@ def draw_detection_sheet(predictions: List[dict],
         sample = predictions[index]
         image = mmcv.imread(sample['img_path'], channel_order='rgb')
         found = sample['pred_instances']
-        sure = np.flatnonzero(np.asarray(found['scores']) >= score_thr)
+        scores = np.asarray(found['scores'])
+        sure = np.argsort(scores, kind='stable')  # the best come to lie on top
+        sure = sure[scores[sure] >= score_thr]
         found = {
             key: [values[i] for i in sure]
             if isinstance(values, list) else values[sure]

@@ -4,6 +4,7 @@ import cv2
 import mmengine
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_tool
 
 from mmvvt.datasets import write_digit_scenes
@@ -90,6 +91,28 @@ def test_sheet(tested, tmp_path):
     assert done.returncode == 0, done.stdout
     image = cv2.imread(str(sheet))
     assert image.shape[1] > 600 and len(np.unique(image)) > 50
+
+
+@pytest.mark.parametrize('scores', [[0.9, 0.4], [0.4, 0.9]])
+def test_likeliest_box_lies_on_top(scores, tmp_path):
+    from mmvvt.analysis.detection_sheet import draw_detection_sheet
+    image = tmp_path / 'image.png'
+    cv2.imwrite(str(image), np.full((64, 64, 3), 255, np.uint8))
+    boxes = torch.tensor([[10., 10., 50., 50.]] * 2)
+    sample = dict(
+        img_path=str(image),
+        gt_instances=dict(bboxes=boxes[:0], labels=torch.zeros(0).long()),
+        pred_instances=dict(
+            bboxes=boxes,
+            labels=torch.tensor([0, 1]),
+            scores=torch.tensor(scores)))
+    sheet = tmp_path / 'sheet.png'
+    draw_detection_sheet([sample], ['a', 'b'], [[255, 0, 0], [0, 0, 255]], '',
+                         0.3, str(sheet))
+    drawn = cv2.imread(str(sheet)).astype(int)  # (H, W, 3), BGR
+    red = ((drawn[..., 2] > 200) & (drawn[..., :2].max(-1) < 60)).sum()
+    blue = ((drawn[..., 0] > 200) & (drawn[..., 1:].max(-1) < 60)).sum()
+    assert (red > 2 * blue) == (scores[0] > scores[1])
 
 
 @pytest.mark.parametrize('arguments,message', [
