@@ -161,6 +161,8 @@ def test_two_processes_equal_one(digits_root, tmp_path):
     options = [
         'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1',
         'model.train_cfg=None',  # mixing off
+        # and inverting: each process draws its own
+        'train_dataloader.dataset.pipeline.2.prob=0.',
         f'train_dataloader.dataset.data_root={digits_root}',
         f'val_dataloader.dataset.data_root={digits_root}'
     ]
