@@ -51,7 +51,7 @@ def choose_device(name):
         return 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         torch.empty(0, device=name)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, RuntimeError) as error:
         fail(f'--device {name} cannot be used: {str(error).splitlines()[0]}')
     return name
 

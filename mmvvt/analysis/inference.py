@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from abc import ABC, abstractmethod
 from typing import Dict, Iterator, List, Tuple
 
 import cv2
@@ -109,7 +110,7 @@ def _run_lengths(mask: np.ndarray) -> dict:
 # -- a model and what it says -------------------------------------------------
 
 
-class Predictor:
+class Predictor(ABC):
     """A trained model that says something of images; one class a task.
 
     Names of classes are the checkpoint's, else those of the config's test
@@ -155,10 +156,11 @@ class Predictor:
         grey = mean is not None and mean.numel() == 1
         self.flag = 'grayscale' if grey else 'color'
 
+    @abstractmethod
     def build_inferencer(self, cfg: Config, device: str):
         """Build the code base's inferencer, with random weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, image: np.ndarray, sample: BaseDataElement) -> tuple:
         """Put a prediction into numbers and pictures.
 
@@ -170,7 +172,6 @@ class Predictor:
             tuple[dict, dict[str, np.ndarray]]: What JSON takes, and pictures
             by what they are.
         """
-        raise NotImplementedError
 
     def name(self, label: int) -> str:
         """Name of a class."""
