@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvvt.models import VicinityAttention
-from mmvvt.models.vvt import ConvMLP
 
 
 @dataclass
@@ -106,16 +105,12 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     ]
     backends = [m.backend for m in attentions]
     clamps = [m.clamp for m in attentions]
-    mlps = [m for m in model.modules() if isinstance(m, ConvMLP)]
-    plains = [m.plain for m in mlps]
     was_training = model.training
     model.eval()
     try:
         for module in attentions:
             # The reference is the plain linear form where clamps are on.
             module.backend, module.clamp = 'reference', True
-        for module in mlps:
-            module.plain = True  # strips take their neighbours' rows twice
         device = next(model.parameters()).device
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
@@ -123,8 +118,6 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     finally:
         for module, backend, clamp in zip(attentions, backends, clamps):
             module.backend, module.clamp = backend, clamp
-        for module, plain in zip(mlps, plains):
-            module.plain = plain
         model.train(was_training)
     # PyTorch counts a multiply-add as two.
     return Complexity(

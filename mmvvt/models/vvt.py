@@ -15,12 +15,11 @@ from torch import Tensor
 
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
 from mmvvt.ops import check_backend
+from mmvvt.ops.strips import (AttentionSettings, AttentionWeights, MLPWeights,
+                              attention_branch, mlp_branch, runs_in_strips)
 from .attention import VicinityAttention
 
 MIN_SIZE = 32
-# Tokens whose hidden layer of the MLP is computed at once on a CPU: 4096 of
-# 768 channels are 12 MB in float32, about what stays in a core's caches.
-STRIP_NUMBERS = 4096 * 768
 
 
 class DWConv(BaseModule):
@@ -56,9 +55,8 @@ class ConvMLP(BaseModule):
         hidden_dims (int): Channels in between.
         drop_rate (float): Dropout after the GELU and at the end. Defaults
             to 0.
-        backend (str): 'reference' is the plain way of the official code;
-            with any other, strips of rows where no gradient is wanted.
-            Defaults to 'auto'.
+        backend (str): 'reference' copies between convolution and tokens as
+            the official code does. Defaults to 'auto'.
         init_cfg (dict, optional): Initialisation. Defaults to None.
     """
 
@@ -69,60 +67,34 @@ class ConvMLP(BaseModule):
                  backend: str = 'auto',
                  init_cfg=None):
         super().__init__(init_cfg)
-        self.plain = check_backend(backend) == 'reference'
+        plain = check_backend(backend) == 'reference'
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.dwconv = DWConv(hidden_dims, self.plain)
+        self.dwconv = DWConv(hidden_dims, plain)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
-    def _rows_per_strip(self, x: Tensor, spatial_shape: Tuple[int,
-                                                               int]) -> int:
-        """Rows of an image to compute at once; 0 for the whole batch."""
-        if (self.plain or torch.compiler.is_compiling()
-                or x.device.type != 'cpu' or torch.is_grad_enabled()
-                or self.training):
-            return 0
-        hidden_dims = self.fc1.out_features
-        if x.shape[0] * x.shape[1] * hidden_dims <= STRIP_NUMBERS:
-            return 0
-        return max(1, STRIP_NUMBERS // (spatial_shape[1] * hidden_dims))
-
-    def _forward_in_strips(self, x: Tensor, spatial_shape: Tuple[int, int],
-                           rows: int) -> Tensor:
-        """The same, a strip of rows at a time: the wide layer stays in cache.
-
-        A strip takes a row more on each side, which the convolution needs.
-        """
-        height, width = spatial_shape
-        x = x.unflatten(1, spatial_shape)  # (B, h, w, C)
-        out = torch.empty_like(x)
-        for image, result in zip(x, out):
-            for top in range(0, height, rows):
-                bottom = min(top + rows, height)
-                first, last = max(top - 1, 0), min(bottom + 1, height)
-                strip = image[first:last].reshape(1, -1, x.shape[-1])
-                strip = self.dwconv(self.fc1(strip), (last - first, width))
-                # (1, rows * w, r * C), without the rows of the neighbours
-                strip = strip[:, (top - first) * width:(bottom - first) *
-                              width]
-                # (1, rows * w, C) -> (rows, w, C)
-                result[top:bottom] = self.fc2(self.act(strip)).view(
-                    bottom - top, width, -1)
-        return out.flatten(1, 2)  # (B, N, C)
-
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
-        rows = self._rows_per_strip(x, spatial_shape)
-        if rows:
-            return self._forward_in_strips(x, spatial_shape, rows)
         x = self.dwconv(self.fc1(x), spatial_shape)
         x = self.drop(self.act(x))
         return self.drop(self.fc2(x))
 
 
+# Layers of a block whose weights the strips may take without calling them.
+STOCK_LAYERS = frozenset({
+    ConvMLP, DWConv, DropPath, VicinityAttention, nn.Conv2d, nn.Dropout,
+    nn.GELU, nn.LayerNorm, nn.Linear, nn.ReLU, nn.Sequential, nn.Sigmoid
+})
+
+
 class VVTBlock(BaseModule):
     """Attention and MLP, each behind a LayerNorm and on a shortcut.
+
+    On a CPU, and unless the backend is 'reference', its two branches run a
+    strip of the image at a time, forward and backward, see
+    :mod:`mmvvt.ops.strips`. Layers that were replaced by others or have hooks
+    are called one after the other, so that nothing put there is left out.
 
     Args:
         embed_dims (int): Channels C.
@@ -167,7 +139,64 @@ class VVTBlock(BaseModule):
             backend=attn_cfg.get('backend', 'auto'))
         self.drop_path = DropPath(drop_path_rate)
 
+    def _is_stock(self) -> bool:
+        """Whether all layers are those of this file, none hooked to."""
+        return all(
+            type(module) in STOCK_LAYERS and 'forward' not in vars(module)
+            and not (module._forward_hooks or module._forward_pre_hooks
+                     or module._backward_hooks or module._backward_pre_hooks)
+            for child in self.children() for module in child.modules())
+
+    def _runs_in_strips(self, x: Tensor) -> bool:
+        return (self.attn.sr_ratio == 1
+                and check_backend(self.attn.backend) == 'torch'
+                and not (self.training and self.mlp.drop.p > 0)
+                and x.dtype == self.norm1.weight.dtype and runs_in_strips(x)
+                and self._is_stock())
+
+    def _forward_in_strips(self, x: Tensor,
+                           spatial_shape: Tuple[int, int]) -> Tensor:
+        """The same on a CPU, faster and in less memory."""
+        attn, mlp = self.attn, self.mlp
+        qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
+        x = attention_branch(
+            x, spatial_shape,
+            AttentionWeights(
+                norm_weight=self.norm1.weight,
+                norm_bias=self.norm1.bias,
+                qkv_weight=torch.cat([layer.weight for layer in qkv]),
+                qkv_bias=torch.cat([layer.bias for layer in qkv]),
+                out_weight=attn.out_proj.weight,
+                out_bias=attn.out_proj.bias,
+                squeeze_weight=attn.se_fc[0].weight,
+                excite_weight=attn.se_fc[2].weight),
+            AttentionSettings(
+                num_heads=attn.num_heads,
+                locality=attn.locality,
+                clamp=attn.clamp,
+                eps=attn.eps,
+                norm_eps=self.norm1.eps), self._path_scale(x))
+        return mlp_branch(
+            x, spatial_shape,
+            MLPWeights(
+                norm_weight=self.norm2.weight,
+                norm_bias=self.norm2.bias,
+                fc1_weight=mlp.fc1.weight,
+                fc1_bias=mlp.fc1.bias,
+                dwconv_weight=mlp.dwconv.dwconv.weight,
+                dwconv_bias=mlp.dwconv.dwconv.bias,
+                fc2_weight=mlp.fc2.weight,
+                fc2_bias=mlp.fc2.bias), self.norm2.eps, self._path_scale(x))
+
+    def _path_scale(self, x: Tensor) -> Optional[Tensor]:
+        """What stochastic depth multiplies a branch by, ``(B, 1, 1)``."""
+        if not self.training or self.drop_path.drop_prob == 0:
+            return None
+        return self.drop_path(x.new_ones(len(x), 1, 1))
+
     def _forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
+        if self._runs_in_strips(x):
+            return self._forward_in_strips(x, spatial_shape)
         x = x + self.drop_path(self.attn(self.norm1(x), spatial_shape))
         return x + self.drop_path(self.mlp(self.norm2(x), spatial_shape))
 
@@ -207,6 +236,8 @@ class OverlapPatchEmbed(BaseModule):
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
         """``(B, C_in, H, W)`` to tokens ``(B, h * w, C)`` and ``(h, w)``."""
+        # Channels last, so that the tokens are a view of what comes out.
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.proj(x)  # (B, C, h, w)
         spatial_shape = (x.shape[2], x.shape[3])
         # (B, C, h, w) -> (B, C, N) -> (B, N, C)

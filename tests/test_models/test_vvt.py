@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 
 from mmvvt.arch import resolve_arch
 from mmvvt.checkpoint import official_shapes
-from mmvvt.models import VVT, VicinityAttention, vvt
+from mmvvt.models import VVT, VicinityAttention
 from mmvvt.ops import LOCALITIES, dispatch
 
 NANO = dict(
@@ -357,28 +357,3 @@ def test_attention_checks_its_grid():
     with pytest.raises(ValueError, match=r'spatial_shape \(2, 2\) has 4 '
                        'tokens, but x has 6'):
         VicinityAttention(8, 2)(torch.zeros(1, 6, 8), (2, 2))
-
-
-@pytest.mark.parametrize('shape,rows', [((7, 11), 1), ((7, 11), 3),
-                                        ((7, 11), 5), ((1, 11), 1),
-                                        ((13, 1), 2)])
-def test_mlp_in_strips_is_the_same(shape, rows, monkeypatch):
-    """Strips of one row, of some, and a last one that is short."""
-    mlp = vvt.ConvMLP(10, 40).double().eval()
-    x = torch.randn(2, shape[0] * shape[1], 10).double()
-    with torch.no_grad():
-        whole = mlp(x, shape)
-        monkeypatch.setattr(vvt, 'STRIP_NUMBERS', rows * shape[1] * 40)
-        assert mlp._rows_per_strip(x, shape) == rows
-        # Not bit for bit: a product of a few rows may sum in another order.
-        assert relative_error(mlp(x, shape), whole) < 1e-14
-
-
-def test_mlp_is_whole_where_gradients_are_wanted(monkeypatch):
-    monkeypatch.setattr(vvt, 'STRIP_NUMBERS', 1)
-    mlp = vvt.ConvMLP(10, 40)
-    x = torch.randn(2, 12, 10)
-    assert mlp.eval()._rows_per_strip(x, (3, 4)) == 0
-    with torch.no_grad():
-        assert mlp._rows_per_strip(x, (3, 4)) == 1
-        assert mlp.train()._rows_per_strip(x, (3, 4)) == 0

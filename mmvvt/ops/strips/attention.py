@@ -1,0 +1,396 @@
+"""``x + attention(LayerNorm(x))`` in strips, for CPUs.
+
+Two passes: the first sums keys times values, the second brings the sums to
+the queries. In a strip the features of four times the width cost little, as
+they never leave the caches. For the backward pass only the projections are
+kept; the rest is cheaper to compute again than to store.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..angles import angle_tables
+from ..clamp import CLAMP_MAX, CLAMP_MIN
+from .common import (check_differentiated_once, cut, keep_freed_memory,
+                     linear, sum_pixels)
+
+aten = torch.ops.aten
+
+
+class AttentionWeights(NamedTuple):
+    """Weights of the branch, of C channels, R of them after reduction.
+
+    Attributes:
+        norm_weight (Tensor): ``(C, )``.
+        norm_bias (Tensor): ``(C, )``.
+        qkv_weight (Tensor): ``(3 * R, C)``: queries, keys, values.
+        qkv_bias (Tensor): ``(3 * R, )``.
+        out_weight (Tensor): ``(C, R)``.
+        out_bias (Tensor): ``(C, )``.
+        squeeze_weight (Tensor): ``(S, C)``, first layer of the gate.
+        excite_weight (Tensor): ``(C, S)``, second layer of the gate.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    squeeze_weight: Tensor
+    excite_weight: Tensor
+
+
+class AttentionSettings(NamedTuple):
+    """What the branch computes.
+
+    Attributes:
+        num_heads (int): Heads, of d channels.
+        locality (str): 'sum', 'product', '1d' or 'none'.
+        clamp (bool): Apply the clamps of the published models.
+        eps (float): Added to the sum of weights.
+        norm_eps (float): Of the LayerNorm.
+    """
+
+    num_heads: int
+    locality: str
+    clamp: bool
+    eps: float
+    norm_eps: float
+
+
+def _factors(shape: Tuple[int, int], rows: slice, locality: str,
+             like: Tensor) -> Optional[Tensor]:
+    """What the copies of the features are multiplied by.
+
+    Returns:
+        Tensor: ``(m * w, n)`` for m rows: n is 4 for 'sum' and 'product' and
+        2 for '1d'. None for 'none'.
+    """
+    if locality == 'none':
+        return None
+    width = shape[1]
+    tables = angle_tables(shape, locality == '1d', like.dtype, like.device)
+    if locality == '1d':
+        first, stop = rows.start * width, rows.stop * width
+        return torch.cat([t[first:stop] for t in tables], dim=1)
+    cos_a, sin_a = (t[rows] for t in tables[:2])  # (m, 1, 1)
+    cos_b, sin_b = tables[2:]  # (1, w, 1)
+    if locality == 'sum':
+        grid = (rows.stop - rows.start, width, 1)
+        parts = [t.expand(grid) for t in (cos_a, sin_a, cos_b, sin_b)]
+    else:
+        parts = [t * s for t in (cos_a, sin_a) for s in (cos_b, sin_b)]
+    # n of (m, w, 1) -> (m, w, n) -> (m * w, n)
+    return torch.cat(parts, dim=-1).flatten(0, 1)
+
+
+def _features(t: Tensor, factors: Optional[Tensor]) -> Tensor:
+    """``(b, heads, p, d)`` to ``(b, heads, p, n * d)``, contiguous."""
+    if factors is None:
+        return t.contiguous()
+    out = t.new_empty(*t.shape[:3], factors.shape[1], t.shape[3])
+    torch.mul(t.unsqueeze(-2), factors[:, :, None], out=out)
+    return out.flatten(-2)
+
+
+def _fold(grad: Tensor, factors: Optional[Tensor]) -> Tensor:
+    """Gradient of ``t`` in :func:`_features` from that of its result."""
+    if factors is None:
+        return grad
+    # (b, heads, p, n * d) -> (b, heads, p, n, d) -> (b, heads, p, d)
+    grad = grad.unflatten(-1, (factors.shape[1], -1))
+    return grad.mul_(factors[:, :, None]).sum(dim=-2)
+
+
+def _split_heads(t: Tensor, num_heads: int) -> Tensor:
+    # (b, m, w, R) -> (b, p, heads, d) -> (b, heads, p, d)
+    return t.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(t: Tensor, out: Tensor) -> None:
+    """``(b, heads, p, d)`` into ``(b, m, w, R)``."""
+    _split_heads(out, t.shape[1]).copy_(t)
+
+
+def _clamped(t: Tensor, clamp: bool) -> Tensor:
+    """The magnitude clamp in place."""
+    if not clamp:
+        return t
+    sign = t.sign()
+    return t.abs_().clamp_(CLAMP_MIN, CLAMP_MAX).mul_(sign)
+
+
+def _mask_grad(grad: Tensor, t: Tensor, clamp: bool) -> Tensor:
+    """Gradient through the clamp of ``t``, in place."""
+    if not clamp:
+        return grad
+    magnitude = t.abs()
+    return grad.mul_((magnitude >= CLAMP_MIN).logical_and_(
+        magnitude <= CLAMP_MAX))
+
+
+def _clamp_sums(sums: Tensor, clamp: bool) -> Tensor:
+    """Clamp all but the last column, which holds the sums of keys."""
+    sums = sums.clone()
+    _clamped(sums[..., :-1], clamp)
+    return sums
+
+
+def _norm(x: Tensor, weights: AttentionWeights, eps: float):
+    return torch.native_layer_norm(x, x.shape[-1:], weights.norm_weight,
+                                   weights.norm_bias, eps)
+
+
+def _keys_and_values(projected: Tensor, factors: Optional[Tensor],
+                     num_heads: int) -> Tuple[Tensor, Tensor]:
+    """Features of the keys ``(b, heads, p, n * d)`` and the values.
+
+    The values, ``(b, heads, p, d + 1)``, have a column of ones, so that the
+    same product gives the sum of keys.
+    """
+    _, k, v = projected.chunk(3, dim=-1)
+    features = _features(_split_heads(k, num_heads).relu(), factors)
+    return features, F.pad(_split_heads(v, num_heads), (0, 1), value=1.)
+
+
+def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
+    """Hidden layer ``(B, S)`` and gate ``(B, C)`` of the mean ``(B, C)``."""
+    hidden = F.linear(mean, weights.squeeze_weight).relu_()
+    return hidden, F.linear(hidden, weights.excite_weight).sigmoid_()
+
+
+def _attend(q: Tensor, factors: Optional[Tensor], sums: Tensor,
+            settings: AttentionSettings):
+    """Queries against the sums of keys and values.
+
+    Args:
+        q (Tensor): ``(b, heads, p, d)`` after the ReLU.
+        factors (Tensor, optional): ``(p, n)``.
+        sums (Tensor): ``(b, heads, n * d, d + 1)``, clamped.
+        settings (AttentionSettings): What to compute.
+
+    Returns:
+        tuple[Tensor]: Features of the queries, numerator before its clamp,
+        normaliser before its clamp.
+    """
+    features = _features(q, factors)
+    products = features @ sums  # (b, heads, p, d + 1)
+    normaliser = (products[..., -1:] + settings.eps).reciprocal_()
+    return features, products[..., :-1], normaliser
+
+
+def _clamp_normaliser(normaliser: Tensor, clamp: bool) -> Tensor:
+    # No weight is negative, so neither is their sum.
+    return normaliser.clamp(CLAMP_MIN, CLAMP_MAX) if clamp else normaliser
+
+
+def _forward(x: Tensor, weights: AttentionWeights,
+             settings: AttentionSettings, scale: Optional[Tensor],
+             keep: bool):
+    """Tokens ``(B, h, w, C)`` to the same, and what a backward pass needs."""
+    batch, height, width, _ = x.shape
+    heads, clamp = settings.num_heads, settings.clamp
+    reduced_dims = weights.out_weight.shape[1]
+    head_dims = reduced_dims // heads
+    copies = dict(none=1).get(settings.locality, 4)
+    pieces = list(cut(batch, height, width, 2 * copies * reduced_dims))
+
+    # Queries alone, or keys and values too where a backward pass follows.
+    projected = x.new_empty(batch, height, width,
+                            reduced_dims * (3 if keep else 1))
+    sums, token_sum = None, x.new_zeros(batch, x.shape[-1])
+    for images, strips in pieces:
+        for rows in strips:
+            normed = _norm(x[images, rows], weights, settings.norm_eps)[0]
+            token_sum[images] += normed.sum(dim=(1, 2))
+            qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
+            projected[images, rows] = qkv[..., :projected.shape[-1]]
+            factors = _factors((height, width), rows, settings.locality, x)
+            k, v = _keys_and_values(qkv, factors, heads)
+            if sums is None:
+                sums = x.new_zeros(batch, heads, k.shape[-1], head_dims + 1)
+            sums[images] += k.transpose(-2, -1) @ v
+    clamped_sums = _clamp_sums(sums, clamp)
+    hidden, gate = _gate(token_sum / (height * width), weights)
+
+    out = torch.empty_like(x)
+    # What out_proj gives, for the masks of the clamps after it.
+    kept = torch.empty_like(x) if keep else None
+    for images, strips in pieces:
+        for rows in strips:
+            q = projected[images, rows, :, :reduced_dims]
+            merged = torch.empty_like(q, memory_format=torch.contiguous_format)
+            factors = _factors((height, width), rows, settings.locality, x)
+            _, numerator, normaliser = _attend(
+                _split_heads(q, heads).relu(), factors, clamped_sums[images],
+                settings)
+            normaliser = _clamp_normaliser(normaliser, clamp)
+            attended = _clamped(numerator, clamp).mul_(normaliser)
+            _merge_heads(_clamped(attended, clamp), merged)
+            branch = linear(merged, weights.out_weight, weights.out_bias)
+            if keep:
+                kept[images, rows] = branch
+            branch = _clamped(branch, clamp)
+            branch = torch.addcmul(branch, branch, gate[images, None, None])
+            branch = _clamped(branch, clamp)
+            if scale is not None:
+                branch.mul_(scale[images])
+            torch.add(x[images, rows], branch, out=out[images, rows])
+    return out, (projected, kept, sums, token_sum)
+
+
+class _AttentionBranch(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, settings, scale, *weights):
+        weights = AttentionWeights(*weights)
+        out, kept = _forward(x, weights, settings, scale, True)
+        ctx.settings = settings
+        ctx.save_for_backward(x, scale, *kept, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        check_differentiated_once()
+        x, scale, projected, kept, sums, token_sum, *weights = (
+            ctx.saved_tensors)
+        weights, settings = AttentionWeights(*weights), ctx.settings
+        batch, height, width, _ = x.shape
+        heads, clamp = settings.num_heads, settings.clamp
+        reduced_dims = weights.out_weight.shape[1]
+        pieces = list(
+            cut(batch, height, width, sums.shape[2] * heads * 2))
+        grad = grad.contiguous()
+        clamped_sums = _clamp_sums(sums, clamp)
+        mean = token_sum / (height * width)
+        hidden, gate = _gate(mean, weights)
+        from_out = weights.out_weight.t().contiguous()  # (R, C)
+        from_qkv = weights.qkv_weight.t().contiguous()  # (C, 3 * R)
+
+        grads = AttentionWeights(*(torch.zeros_like(w) for w in weights))
+        grad_sums = torch.zeros_like(sums)
+        grad_gate = torch.zeros_like(gate)
+        # The first R channels are filled in the first pass, from the queries.
+        grad_projected = torch.empty_like(projected)
+        for images, strips in pieces:
+            for rows in strips:
+                image_gate = gate[images, None, None]  # (b, 1, 1, C)
+                branch_grad = grad[images, rows].clone()
+                if scale is not None:
+                    branch_grad.mul_(scale[images])
+                raw = kept[images, rows]
+                out = _clamped(raw.clone(), clamp)
+                if clamp:
+                    _mask_grad(branch_grad,
+                               torch.addcmul(out, out, image_gate), clamp)
+                grad_gate[images] += (branch_grad * out).sum(dim=(1, 2))
+                branch_grad.addcmul_(branch_grad, image_gate)
+                _mask_grad(branch_grad, raw, clamp)
+
+                factors = _factors((height, width), rows, settings.locality, x)
+                q = _split_heads(projected[images, rows, :, :reduced_dims],
+                                 heads).relu()
+                features, numerator, normaliser = _attend(
+                    q, factors, clamped_sums[images], settings)
+                top = _clamped(numerator.clone(), clamp)
+                factor = _clamp_normaliser(normaliser, clamp)
+                quotient = top * factor
+                merged = raw.new_empty(*raw.shape[:3], reduced_dims)
+                _merge_heads(
+                    _clamped(quotient.clone(), clamp) if clamp else quotient,
+                    merged)
+                grads.out_bias.add_(sum_pixels(branch_grad))
+                grads.out_weight.addmm_(
+                    branch_grad.flatten(0, 2).t(), merged.flatten(0, 2))
+
+                # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
+                quotient_grad = _mask_grad(
+                    _split_heads(linear(branch_grad, from_out),
+                                 heads).contiguous(), quotient, clamp)
+                factor_grad = (quotient_grad * top).sum(dim=-1, keepdim=True)
+                _mask_grad(factor_grad, normaliser, clamp)
+                products_grad = torch.cat([
+                    _mask_grad(quotient_grad.mul_(factor), numerator, clamp),
+                    factor_grad.mul_(normaliser.square()).neg_()
+                ], dim=-1)  # (b, heads, p, d + 1)
+                grad_sums[images] += features.transpose(-2, -1) @ products_grad
+                q_grad = _fold(
+                    products_grad @ clamped_sums[images].transpose(-2, -1),
+                    factors)
+                _merge_heads(
+                    q_grad.mul_(q > 0),
+                    grad_projected[images, rows, :, :reduced_dims])
+
+        _mask_grad(grad_sums[..., :-1], sums[..., :-1], clamp)
+        # Through the gate to the mean of the normalised tokens.
+        gate_grad = grad_gate * gate * (1 - gate)
+        grads.excite_weight.addmm_(gate_grad.t(), hidden)
+        hidden_grad = (gate_grad @ weights.excite_weight).mul_(hidden > 0)
+        grads.squeeze_weight.addmm_(hidden_grad.t(), mean)
+        mean_grad = hidden_grad @ weights.squeeze_weight / (height * width)
+
+        grad_x = torch.empty_like(x)
+        for images, strips in pieces:
+            for rows in strips:
+                qkv = projected[images, rows]
+                factors = _factors((height, width), rows, settings.locality, x)
+                features, v = _keys_and_values(qkv, factors, heads)
+                k_grad = _fold(v @ grad_sums[images].transpose(-2, -1),
+                               factors)
+                k = _split_heads(qkv.chunk(3, dim=-1)[1], heads)
+                v_grad = features @ grad_sums[images, :, :, :-1]
+                qkv_grad = grad_projected[images, rows]
+                _, k_out, v_out = qkv_grad.chunk(3, dim=-1)
+                _merge_heads(k_grad.mul_(k > 0), k_out)
+                _merge_heads(v_grad, v_out)
+
+                tokens = x[images, rows]
+                normed, token_mean, rstd = _norm(tokens, weights,
+                                                 settings.norm_eps)
+                grads.qkv_bias.add_(sum_pixels(qkv_grad))
+                grads.qkv_weight.addmm_(
+                    qkv_grad.flatten(0, 2).t(), normed.flatten(0, 2))
+                normed_grad = linear(qkv_grad, from_qkv)
+                normed_grad.add_(mean_grad[images, None, None])
+                parts = aten.native_layer_norm_backward(
+                    normed_grad, tokens, tokens.shape[-1:], token_mean, rstd,
+                    weights.norm_weight, weights.norm_bias, [True] * 3)
+                torch.add(
+                    grad[images, rows], parts[0], out=grad_x[images, rows])
+                grads.norm_weight.add_(parts[1])
+                grads.norm_bias.add_(parts[2])
+        return grad_x, None, None, *grads
+
+
+def attention_branch(x: Tensor,
+                     spatial_shape: Tuple[int, int],
+                     weights: AttentionWeights,
+                     settings: AttentionSettings,
+                     scale: Optional[Tensor] = None) -> Tensor:
+    """``x + scale * gated vicinity attention of LayerNorm(x)``.
+
+    Args:
+        x (Tensor): ``(B, N, C)`` on a CPU, tokens in row-major order.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
+        weights (AttentionWeights): What x is multiplied with.
+        settings (AttentionSettings): What to compute.
+        scale (Tensor, optional): ``(B, 1, 1)``, what stochastic depth leaves
+            of the branch. Defaults to None, all of it.
+
+    Returns:
+        Tensor: ``(B, N, C)``. It can be differentiated once.
+    """
+    keep_freed_memory()
+    x = x.contiguous().unflatten(1, spatial_shape)  # (B, h, w, C)
+    if scale is not None:
+        scale = scale[..., None]  # (B, 1, 1) -> (B, 1, 1, 1)
+    if torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, *weights)):
+        out = _AttentionBranch.apply(x, settings, scale, *weights)
+    else:
+        out, _ = _forward(x, weights, settings, scale, False)
+    return out.flatten(1, 2)  # (B, N, C)

@@ -1,0 +1,200 @@
+"""``x + MLP(LayerNorm(x))`` in strips, for CPUs.
+
+The hidden layer is up to 8 times as wide as its input. A strip at a time, it
+never leaves the caches; and the backward pass computes it again, which takes
+less time than to fetch it from memory. Where a whole image is small enough
+for that not to hold, its hidden layer is kept.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import (RowWindow, check_differentiated_once, cut,
+                     keep_freed_memory, linear, sum_pixels, to_channels,
+                     to_pixels)
+
+aten = torch.ops.aten
+
+
+class MLPWeights(NamedTuple):
+    """Weights of the branch, of C channels and a hidden layer of D.
+
+    Attributes:
+        norm_weight (Tensor): ``(C, )``.
+        norm_bias (Tensor): ``(C, )``.
+        fc1_weight (Tensor): ``(D, C)``.
+        fc1_bias (Tensor): ``(D, )``.
+        dwconv_weight (Tensor): ``(D, 1, 3, 3)``.
+        dwconv_bias (Tensor): ``(D, )``.
+        fc2_weight (Tensor): ``(C, D)``.
+        fc2_bias (Tensor): ``(C, )``.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    dwconv_weight: Tensor
+    dwconv_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+def _depthwise(window: Tensor, weight: Tensor, bias: Optional[Tensor],
+               padding: int) -> Tensor:
+    """``(b, m + 2 - 2 * padding, w, D)`` to ``(b, m, w, D)``."""
+    return to_pixels(
+        F.conv2d(
+            to_channels(window),
+            weight,
+            bias,
+            padding=(padding, 1),
+            groups=window.shape[-1]))
+
+
+def _depthwise_weight_grads(grad: Tensor, window: Tensor, weight: Tensor,
+                            padding: int) -> Tuple[Tensor, Tensor]:
+    """Gradients of the weight and the bias of :func:`_depthwise`."""
+    channels = window.shape[-1]
+    return aten.convolution_backward(
+        to_channels(grad), to_channels(window), weight, [channels], [1, 1],
+        [padding, 1], [1, 1], False, [0, 0], channels, [False, True, True])[1:]
+
+
+def _norm(x: Tensor, weights: MLPWeights,
+          eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """Normalised tokens, means and reciprocal deviations."""
+    return torch.native_layer_norm(x, x.shape[-1:], weights.norm_weight,
+                                   weights.norm_bias, eps)
+
+
+def _forward(x: Tensor, weights: MLPWeights, eps: float,
+             scale: Optional[Tensor], kept: Optional[list]) -> Tensor:
+    """Tokens ``(B, h, w, C)`` to the same; hidden layers are put in kept."""
+    hidden_dims = weights.fc1_weight.shape[0]
+    out = torch.empty_like(x)
+    for images, strips in cut(*x.shape[:3], hidden_dims):
+        window = RowWindow(x.shape[1])
+        for rows in strips:
+            hidden = linear(
+                _norm(x[images, rows], weights, eps)[0], weights.fc1_weight,
+                weights.fc1_bias)
+            hidden, rows, padding = window.push(hidden, rows)
+            mixed = _depthwise(hidden, weights.dwconv_weight,
+                               weights.dwconv_bias, padding)
+            if kept is not None and len(strips) == 1:
+                kept += [hidden, mixed]
+                active = F.gelu(mixed)
+            else:
+                active = aten.gelu_(mixed)
+            branch = linear(active, weights.fc2_weight, weights.fc2_bias)
+            if scale is not None:
+                branch.mul_(scale[images])
+            torch.add(x[images, rows], branch, out=out[images, rows])
+    return out
+
+
+class _MLPBranch(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, eps, scale, *weights):
+        weights = MLPWeights(*weights)
+        kept = []
+        out = _forward(x, weights, eps, scale, kept)
+        ctx.eps = eps
+        ctx.save_for_backward(x, scale, *weights, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        check_differentiated_once()
+        x, scale, *saved = ctx.saved_tensors
+        number = len(MLPWeights._fields)
+        weights, kept = MLPWeights(*saved[:number]), iter(saved[number:])
+        grad = grad.contiguous()
+        hidden_dims = weights.fc1_weight.shape[0]
+        # The weights of the products and of the convolution backwards.
+        to_hidden = weights.fc2_weight.t().contiguous()  # (D, C)
+        to_tokens = weights.fc1_weight.t().contiguous()  # (C, D)
+        flipped = weights.dwconv_weight.flip(-2, -1)
+
+        grad_x = torch.empty_like(x)
+        grads = MLPWeights(*(torch.zeros_like(w) for w in weights))
+        for images, strips in cut(*x.shape[:3], hidden_dims):
+            window, grad_window = (RowWindow(x.shape[1]) for _ in range(2))
+            for rows in strips:
+                if len(strips) == 1:
+                    hidden, mixed = next(kept), next(kept)
+                    padding = 1
+                else:
+                    hidden = linear(
+                        _norm(x[images, rows], weights, ctx.eps)[0],
+                        weights.fc1_weight, weights.fc1_bias)
+                    hidden, rows, padding = window.push(hidden, rows)
+                    mixed = _depthwise(hidden, weights.dwconv_weight,
+                                       weights.dwconv_bias, padding)
+                branch_grad = grad[images, rows]  # (b, m, w, C)
+                if scale is not None:
+                    branch_grad = branch_grad * scale[images]
+                grads.fc2_bias.add_(sum_pixels(branch_grad))
+                grads.fc2_weight.addmm_(
+                    branch_grad.flatten(0, 2).t(),
+                    F.gelu(mixed).flatten(0, 2))
+                # (b, m, w, C) -> (b, m, w, D)
+                mixed_grad = aten.gelu_backward(
+                    linear(branch_grad, to_hidden), mixed)
+                for total, part in zip(
+                    (grads.dwconv_weight, grads.dwconv_bias),
+                        _depthwise_weight_grads(mixed_grad, hidden,
+                                                weights.dwconv_weight,
+                                                padding)):
+                    total.add_(part)
+
+                # Another row behind, for the same convolution backwards.
+                hidden_grad, rows, padding = grad_window.push(mixed_grad, rows)
+                hidden_grad = _depthwise(hidden_grad, flipped, None, padding)
+                tokens = x[images, rows]
+                normed, mean, rstd = _norm(tokens, weights, ctx.eps)
+                grads.fc1_bias.add_(sum_pixels(hidden_grad))
+                grads.fc1_weight.addmm_(
+                    hidden_grad.flatten(0, 2).t(), normed.flatten(0, 2))
+                parts = aten.native_layer_norm_backward(
+                    linear(hidden_grad, to_tokens), tokens, tokens.shape[-1:],
+                    mean, rstd, weights.norm_weight, weights.norm_bias,
+                    [True, True, True])
+                torch.add(
+                    grad[images, rows], parts[0], out=grad_x[images, rows])
+                grads.norm_weight.add_(parts[1])
+                grads.norm_bias.add_(parts[2])
+        return grad_x, None, None, *grads
+
+
+def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
+               weights: MLPWeights, eps: float,
+               scale: Optional[Tensor] = None) -> Tensor:
+    """``x + scale * fc2(gelu(dwconv(fc1(LayerNorm(x)))))``.
+
+    Args:
+        x (Tensor): ``(B, N, C)`` on a CPU, tokens in row-major order.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
+        weights (MLPWeights): What x is multiplied with.
+        eps (float): Of the LayerNorm.
+        scale (Tensor, optional): ``(B, 1, 1)``, what stochastic depth leaves
+            of the branch. Defaults to None, all of it.
+
+    Returns:
+        Tensor: ``(B, N, C)``. It can be differentiated once.
+    """
+    keep_freed_memory()
+    x = x.contiguous().unflatten(1, spatial_shape)  # (B, h, w, C)
+    if scale is not None:
+        scale = scale[..., None]  # (B, 1, 1) -> (B, 1, 1, 1)
+    if torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, *weights)):
+        out = _MLPBranch.apply(x, eps, scale, *weights)
+    else:
+        out = _forward(x, weights, eps, scale, None)
+    return out.flatten(1, 2)  # (B, N, C)

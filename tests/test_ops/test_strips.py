@@ -1,0 +1,294 @@
+"""The branches of a block in strips against the same, layer by layer."""
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import relative_error
+
+from mmvvt.models.vvt import VVTBlock
+from mmvvt.ops import LOCALITIES
+from mmvvt.ops.strips import common
+
+# Numbers of a strip, for blocks of some 16 channels and 64 hidden: three rows
+# at a time; the same by their number; a group of whole images.
+STRIPS = dict(narrow=1, some=64 * 5 * 3, whole=10**7)
+GRIDS = [(7, 5), (4, 4), (1, 6), (6, 1), (2, 3), (1, 1)]
+
+
+def build_block(dtype=torch.float64, path_rate=0., drop_rate=0., **attn_cfg):
+    block = VVTBlock(
+        16,
+        2,
+        4,
+        2,
+        1,
+        drop_rate=drop_rate,
+        drop_path_rate=path_rate,
+        attn_cfg=attn_cfg)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block.to(dtype)
+
+
+def layer_by_layer(block):
+    """The same block with the strips switched off."""
+    block = copy.deepcopy(block)
+    block._runs_in_strips = lambda x: False
+    return block
+
+
+def run(block, x, grid, cotangent):
+    """Output and all gradients, by name."""
+    x = x.detach().clone().requires_grad_()
+    block.zero_grad()
+    out = block(x, grid)
+    out.backward(cotangent)
+    return dict(
+        output=out.detach(),
+        input=x.grad,
+        **{name: p.grad
+           for name, p in block.named_parameters()})
+
+
+def assert_same(ours, expected, tolerance):
+    assert ours.keys() == expected.keys()
+    for name, want in expected.items():
+        # A gradient may be 0 throughout, where a clamp lets none pass.
+        error = (ours[name] - want).norm() / want.norm().clamp(min=1e-9)
+        assert error < tolerance, name
+
+
+@pytest.fixture(params=STRIPS)
+def strip_numbers(request, monkeypatch):
+    monkeypatch.setattr(common, 'STRIP_NUMBERS', STRIPS[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize('grid', GRIDS)
+@pytest.mark.parametrize('training', [True, False])
+def test_block(grid, training, strip_numbers):
+    block = build_block().train(training)
+    x = torch.randn(3, grid[0] * grid[1], 16, dtype=torch.float64)
+    assert block._runs_in_strips(x)
+    cotangent = torch.randn_like(x)
+    expected = run(layer_by_layer(block), x, grid, cotangent)
+    assert_same(run(block, x, grid, cotangent), expected, 1e-9)
+    with torch.no_grad():
+        assert relative_error(block(x, grid), expected['output']) < 1e-9
+
+
+@pytest.mark.parametrize('locality', LOCALITIES)
+@pytest.mark.parametrize('clamp', [True, False])
+def test_every_form(locality, clamp, strip_numbers):
+    block = build_block(locality=locality, clamp=clamp)
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    cotangent = torch.randn_like(x)
+    assert_same(
+        run(block, x, (7, 5), cotangent),
+        run(layer_by_layer(block), x, (7, 5), cotangent), 1e-9)
+
+
+@pytest.mark.parametrize('scale', [1e-5, 3e3])
+def test_active_clamps(scale, strip_numbers):
+    """Inputs for which all six clamps cut something off."""
+    block = build_block()
+    with torch.no_grad():
+        for layer in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj,
+                      block.attn.out_proj):
+            layer.weight.mul_(scale)
+            layer.bias.zero_()
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    cotangent = torch.randn_like(x)
+    assert_same(
+        run(block, x, (7, 5), cotangent),
+        run(layer_by_layer(block), x, (7, 5), cotangent), 1e-9)
+
+
+def test_gradcheck(strip_numbers):
+    """Against differences, without the clamps, whose gradient is no slope."""
+    block = build_block(clamp=False)
+    with torch.no_grad():
+        # Away from the kinks of the ReLUs.
+        block.attn.q_proj.bias += 3
+        block.attn.k_proj.bias += 3
+    names, tensors = zip(*block.named_parameters())
+
+    def function(x, *parameters):
+        return torch.func.functional_call(block, dict(zip(names, parameters)),
+                                          (x, (4, 3)))
+
+    x = torch.randn(2, 12, 16, dtype=torch.float64, requires_grad=True)
+    assert block._runs_in_strips(x)
+    assert torch.autograd.gradcheck(
+        function, (x, *tensors), fast_mode=True, atol=1e-4)
+
+
+def test_poisoned_buffers(strip_numbers):
+    """Nothing is read from memory that was not written."""
+    block = build_block()
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    cotangent = torch.randn_like(x)
+    expected = run(block, x, (7, 5), cotangent)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned = run(block, x, (7, 5), cotangent)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(poisoned, expected, 1e-12)
+
+
+def test_not_worse_than_layers_in_float32(strip_numbers):
+    """Errors against float64 at most twice those of the layers, by name.
+
+    Root of the mean square over several draws: now and then a token of next
+    to no weight makes either of them ten times worse.
+    """
+    errors = defaultdict(list)
+    for _ in range(8):
+        exact = build_block()
+        block = copy.deepcopy(exact).float()
+        x = torch.randn(2, 35, 16, dtype=torch.float64)
+        cotangent = torch.randn_like(x)
+        expected = run(exact, x, (7, 5), cotangent)
+        sides = [
+            run(candidate, x.float(), (7, 5), cotangent.float())
+            for candidate in (block, layer_by_layer(block))
+        ]
+        for name, want in expected.items():
+            errors[name].append([relative_error(t[name], want) for t in sides])
+    for name, values in errors.items():
+        ours, layers = torch.tensor(values).square().mean(dim=0).sqrt()
+        assert ours <= 2 * layers, name
+
+
+def test_stochastic_depth_draws_the_same(strip_numbers):
+    block = build_block(path_rate=0.5).train()
+    x = torch.randn(8, 35, 16, dtype=torch.float64)
+    cotangent = torch.randn_like(x)
+    results = []
+    for candidate in (block, layer_by_layer(block)):
+        torch.manual_seed(3)
+        results.append(run(candidate, x, (7, 5), cotangent))
+    assert_same(*results, 1e-9)
+    dropped = (results[0]['output'] == x).all(dim=2).all(dim=1)
+    assert 0 < dropped.sum() < 8  # of both kinds
+
+
+def test_frozen_layers_get_no_gradient(strip_numbers):
+    block = build_block()
+    block.attn.requires_grad_(False)
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    block(x, (7, 5)).sum().backward()
+    for name, parameter in block.named_parameters():
+        assert (parameter.grad is None) == name.startswith('attn.'), name
+
+
+def test_saves_less_than_half(monkeypatch):
+    """For the backward pass; of what is saved layer by layer."""
+    monkeypatch.setattr(common, 'STRIP_NUMBERS', 64 * 16 * 4)
+    block = build_block(torch.float32)
+    x = torch.randn(1, 16 * 16, 16)
+
+    def saved_bytes(candidate):
+        weights = {p.data_ptr() for p in candidate.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in weights:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = candidate(x.clone().requires_grad_(), (16, 16))
+        assert out.requires_grad
+        return sum(storages.values())
+
+    assert saved_bytes(block) < 0.5 * saved_bytes(layer_by_layer(block))
+
+
+def test_double_backward_is_refused():
+    block = build_block()
+    x = torch.randn(1, 35, 16, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match='create_graph.*reference'):
+        torch.autograd.grad(block(x, (7, 5)).sum(), x, create_graph=True)
+    plain = build_block(backend='reference')
+    grad, = torch.autograd.grad(
+        plain(x, (7, 5)).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+class Doubled(nn.Linear):
+    """A layer that someone puts in the place of another."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_replaced_and_hooked_layers_are_called():
+    block = build_block()
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    replaced = copy.deepcopy(block)
+    replaced.mlp.fc2.__class__ = Doubled
+    assert not replaced._runs_in_strips(x)
+    assert not torch.equal(replaced(x, (7, 5)), block(x, (7, 5)))
+
+    seen = []
+    handle = block.attn.q_proj.register_forward_hook(
+        lambda module, inputs, output: seen.append(output))
+    assert not block._runs_in_strips(x)
+    block(x, (7, 5))
+    assert len(seen) == 1
+    handle.remove()
+    assert block._runs_in_strips(x)
+
+
+def test_what_goes_layer_by_layer():
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    assert not build_block(backend='reference')._runs_in_strips(x)
+    dropout = build_block(drop_rate=0.1)
+    assert not dropout.train()._runs_in_strips(x)
+    assert dropout.eval()._runs_in_strips(x)
+    assert not build_block(torch.bfloat16)._runs_in_strips(x.bfloat16())
+    assert not build_block()._runs_in_strips(x.float())  # of two types
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not build_block()._runs_in_strips(x)
+
+
+def test_cut_covers_everything_once(strip_numbers):
+    """Also the rows that the windows of neighbouring strips cover."""
+    for batch, height, width in [(3, 7, 5), (2, 1, 6), (5, 2, 2), (1, 9, 1)]:
+        counts = torch.zeros(batch, height)
+        covered = torch.zeros(batch, height)
+        for images, pieces in common.cut(batch, height, width, 64):
+            window = common.RowWindow(height)
+            for rows in pieces:
+                counts[images, rows] += 1
+                count = rows.stop - rows.start
+                assert count >= 3 or len(pieces) == 1 or rows == pieces[-1]
+                strip = torch.arange(rows.start + 1., rows.stop + 1.)
+                strip = strip.view(1, -1, 1, 1).expand(
+                    images.stop - images.start, -1, width, 2)
+                seen, rows, padding = window.push(strip, rows)
+                covered[images, rows] += 1
+                wanted = torch.arange(rows.start, rows.stop + 2.)
+                wanted[wanted == height + 1] = 0  # below the image, and above
+                if padding:
+                    wanted = wanted[1:-1]
+                assert torch.equal(seen[0, :, 0, 0], wanted)
+        assert (counts == 1).all() and (covered == 1).all()
+
+
+def test_half_of_a_batch_is_the_same():
+    """The cut differs with the batch, and no image sees another."""
+    block = build_block().eval()
+    x = torch.randn(4, 35, 16, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(block(x[:2], (7, 5)),
+                              block(x, (7, 5))[:2]) < 1e-12
+
