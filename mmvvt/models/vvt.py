@@ -91,9 +91,9 @@ STOCK_LAYERS = frozenset({
 class VVTBlock(BaseModule):
     """Attention and MLP, each behind a LayerNorm and on a shortcut.
 
-    On a CPU, and unless the backend is 'reference', its two branches run a
-    strip of the image at a time, forward and backward, see
-    :mod:`mmvvt.ops.strips`. Layers that were replaced by others or have hooks
+    Large images on a CPU run through its two branches a strip at a time,
+    forward and backward, see :mod:`mmvvt.ops.strips`; with the backend
+    'reference' they do not. Layers that were replaced by others or have hooks
     are called one after the other, so that nothing put there is left out.
 
     Args:
@@ -151,7 +151,8 @@ class VVTBlock(BaseModule):
         return (self.attn.sr_ratio == 1
                 and check_backend(self.attn.backend) == 'torch'
                 and not (self.training and self.mlp.drop.p > 0)
-                and x.dtype == self.norm1.weight.dtype and runs_in_strips(x)
+                and x.dtype == self.norm1.weight.dtype
+                and runs_in_strips(x, self.mlp.fc1.weight.shape[0])
                 and self._is_stock())
 
     def _forward_in_strips(self, x: Tensor,

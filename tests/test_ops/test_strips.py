@@ -61,6 +61,11 @@ def assert_same(ours, expected, tolerance):
         assert error < tolerance, name
 
 
+@pytest.fixture(autouse=True)
+def _small_images_too(monkeypatch):
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+
+
 @pytest.fixture(params=STRIPS)
 def strip_numbers(request, monkeypatch):
     monkeypatch.setattr(common, 'STRIP_NUMBERS', STRIPS[request.param])
@@ -248,7 +253,7 @@ def test_replaced_and_hooked_layers_are_called():
     assert block._runs_in_strips(x)
 
 
-def test_what_goes_layer_by_layer():
+def test_what_goes_layer_by_layer(monkeypatch):
     x = torch.randn(2, 35, 16, dtype=torch.float64)
     assert not build_block(backend='reference')._runs_in_strips(x)
     dropout = build_block(drop_rate=0.1)
@@ -258,6 +263,10 @@ def test_what_goes_layer_by_layer():
     assert not build_block()._runs_in_strips(x.float())  # of two types
     with torch.autocast('cpu', torch.bfloat16):
         assert not build_block()._runs_in_strips(x)
+    # as many numbers as in the hidden layers of two images
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 2 * 35 * 64)
+    assert not build_block()._runs_in_strips(x)
+    assert build_block()._runs_in_strips(torch.cat([x, x[:1]]))
 
 
 def test_cut_covers_everything_once(strip_numbers):

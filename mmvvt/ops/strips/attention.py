@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..angles import angle_tables
 from ..clamp import CLAMP_MAX, CLAMP_MIN
-from .common import (check_differentiated_once, cut, keep_freed_memory,
-                     linear, sum_pixels)
+from .common import (GradSums, check_differentiated_once, cut,
+                     keep_freed_memory, linear, sum_pixels)
 
 aten = torch.ops.aten
 
@@ -271,7 +271,7 @@ class _AttentionBranch(torch.autograd.Function):
         from_out = weights.out_weight.t().contiguous()  # (R, C)
         from_qkv = weights.qkv_weight.t().contiguous()  # (C, 3 * R)
 
-        grads = AttentionWeights(*(torch.zeros_like(w) for w in weights))
+        grads = GradSums()
         grad_sums = torch.zeros_like(sums)
         grad_gate = torch.zeros_like(gate)
         # The first R channels are filled in the first pass, from the queries.
@@ -303,9 +303,8 @@ class _AttentionBranch(torch.autograd.Function):
                 _merge_heads(
                     _clamped(quotient.clone(), clamp) if clamp else quotient,
                     merged)
-                grads.out_bias.add_(sum_pixels(branch_grad))
-                grads.out_weight.addmm_(
-                    branch_grad.flatten(0, 2).t(), merged.flatten(0, 2))
+                grads.add('out_bias', sum_pixels(branch_grad))
+                grads.add_product('out_weight', branch_grad, merged)
 
                 # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
                 quotient_grad = _mask_grad(
@@ -328,9 +327,9 @@ class _AttentionBranch(torch.autograd.Function):
         _mask_grad(grad_sums[..., :-1], sums[..., :-1], clamp)
         # Through the gate to the mean of the normalised tokens.
         gate_grad = grad_gate * gate * (1 - gate)
-        grads.excite_weight.addmm_(gate_grad.t(), hidden)
+        grads.add('excite_weight', gate_grad.t() @ hidden)
         hidden_grad = (gate_grad @ weights.excite_weight).mul_(hidden > 0)
-        grads.squeeze_weight.addmm_(hidden_grad.t(), mean)
+        grads.add('squeeze_weight', hidden_grad.t() @ mean)
         mean_grad = hidden_grad @ weights.squeeze_weight / (height * width)
 
         grad_x = torch.empty_like(x)
@@ -351,9 +350,8 @@ class _AttentionBranch(torch.autograd.Function):
                 tokens = x[images, rows]
                 normed, token_mean, rstd = _norm(tokens, weights,
                                                  settings.norm_eps)
-                grads.qkv_bias.add_(sum_pixels(qkv_grad))
-                grads.qkv_weight.addmm_(
-                    qkv_grad.flatten(0, 2).t(), normed.flatten(0, 2))
+                grads.add('qkv_bias', sum_pixels(qkv_grad))
+                grads.add_product('qkv_weight', qkv_grad, normed)
                 normed_grad = linear(qkv_grad, from_qkv)
                 normed_grad.add_(mean_grad[images, None, None])
                 parts = aten.native_layer_norm_backward(
@@ -361,9 +359,9 @@ class _AttentionBranch(torch.autograd.Function):
                     weights.norm_weight, weights.norm_bias, [True] * 3)
                 torch.add(
                     grad[images, rows], parts[0], out=grad_x[images, rows])
-                grads.norm_weight.add_(parts[1])
-                grads.norm_bias.add_(parts[2])
-        return grad_x, None, None, *grads
+                grads.add('norm_weight', parts[1])
+                grads.add('norm_bias', parts[2])
+        return grad_x, None, None, *grads.of(AttentionWeights._fields)
 
 
 def attention_branch(x: Tensor,

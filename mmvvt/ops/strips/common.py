@@ -1,7 +1,7 @@
 """What both branches share: how images are cut, products, window of rows."""
 
 from functools import lru_cache
-from typing import Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,24 @@ from torch import Tensor
 # Numbers of the widest intermediate of a strip, 12 MB in float32. Smaller
 # strips pay more for starting each operation than they save in the caches.
 STRIP_NUMBERS = 4096 * 768
+# Batches with a smaller widest intermediate, 4 MB, are faster layer by layer.
+LEAST_NUMBERS = 1 << 20
 DTYPES = (torch.float32, torch.float64)
 
 
-def runs_in_strips(x: Tensor) -> bool:
-    """Whether a branch may take these tokens.
+def runs_in_strips(x: Tensor, channels: int) -> bool:
+    """Whether a branch should take these tokens.
 
-    It takes float32 and float64 on a CPU; not under autocast, nor where
-    operations are being recorded: compilers see more in single layers.
+    It should take large batches of float32 and float64 on a CPU; not under
+    autocast, nor where operations are being recorded: compilers see more in
+    single layers.
+
+    Args:
+        x (Tensor): ``(B, N, C)``.
+        channels (int): Of the widest intermediate.
     """
     return (x.device.type == 'cpu' and x.dtype in DTYPES
+            and len(x) * x.shape[1] * channels > LEAST_NUMBERS
             and type(x) in (Tensor, torch.nn.Parameter)
             and not torch.is_autocast_enabled('cpu')
             and not torch.compiler.is_compiling()
@@ -108,6 +116,36 @@ def to_pixels(x: Tensor) -> Tensor:
 def sum_pixels(x: Tensor) -> Tensor:
     """``(b, rows, w, C)`` to ``(C, )``."""
     return x.flatten(0, 2).sum(dim=0)
+
+
+class GradSums:
+    """Gradients of weights, summed over strips.
+
+    The first strip's are taken as they are: where it is the only one, there
+    is nothing to fill with zeros and to add to.
+    """
+
+    def __init__(self):
+        self._sums: Dict[str, Tensor] = {}
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Add a gradient that nothing else holds."""
+        if name in self._sums:
+            self._sums[name].add_(grad)
+        else:
+            self._sums[name] = grad
+
+    def add_product(self, name: str, grad: Tensor, x: Tensor) -> None:
+        """Add ``grad.T @ x``, both ``(b, rows, w, channels)``."""
+        grad, x = grad.flatten(0, 2), x.flatten(0, 2)
+        if name in self._sums:
+            self._sums[name].addmm_(grad.t(), x)
+        else:
+            self._sums[name] = grad.t() @ x
+
+    def of(self, names: Tuple[str, ...]) -> List[Tensor]:
+        """The sums in the order of these names."""
+        return [self._sums[name] for name in names]
 
 
 class RowWindow:

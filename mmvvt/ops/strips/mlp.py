@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import (RowWindow, check_differentiated_once, cut,
+from .common import (GradSums, RowWindow, check_differentiated_once, cut,
                      keep_freed_memory, linear, sum_pixels, to_channels,
                      to_pixels)
 
@@ -122,7 +122,7 @@ class _MLPBranch(torch.autograd.Function):
         flipped = weights.dwconv_weight.flip(-2, -1)
 
         grad_x = torch.empty_like(x)
-        grads = MLPWeights(*(torch.zeros_like(w) for w in weights))
+        grads = GradSums()
         for images, strips in cut(*x.shape[:3], hidden_dims):
             window, grad_window = (RowWindow(x.shape[1]) for _ in range(2))
             for rows in strips:
@@ -139,37 +139,32 @@ class _MLPBranch(torch.autograd.Function):
                 branch_grad = grad[images, rows]  # (b, m, w, C)
                 if scale is not None:
                     branch_grad = branch_grad * scale[images]
-                grads.fc2_bias.add_(sum_pixels(branch_grad))
-                grads.fc2_weight.addmm_(
-                    branch_grad.flatten(0, 2).t(),
-                    F.gelu(mixed).flatten(0, 2))
+                grads.add('fc2_bias', sum_pixels(branch_grad))
+                grads.add_product('fc2_weight', branch_grad, F.gelu(mixed))
                 # (b, m, w, C) -> (b, m, w, D)
                 mixed_grad = aten.gelu_backward(
                     linear(branch_grad, to_hidden), mixed)
-                for total, part in zip(
-                    (grads.dwconv_weight, grads.dwconv_bias),
-                        _depthwise_weight_grads(mixed_grad, hidden,
-                                                weights.dwconv_weight,
-                                                padding)):
-                    total.add_(part)
+                parts = _depthwise_weight_grads(mixed_grad, hidden,
+                                                weights.dwconv_weight, padding)
+                grads.add('dwconv_weight', parts[0])
+                grads.add('dwconv_bias', parts[1])
 
                 # Another row behind, for the same convolution backwards.
                 hidden_grad, rows, padding = grad_window.push(mixed_grad, rows)
                 hidden_grad = _depthwise(hidden_grad, flipped, None, padding)
                 tokens = x[images, rows]
                 normed, mean, rstd = _norm(tokens, weights, ctx.eps)
-                grads.fc1_bias.add_(sum_pixels(hidden_grad))
-                grads.fc1_weight.addmm_(
-                    hidden_grad.flatten(0, 2).t(), normed.flatten(0, 2))
+                grads.add('fc1_bias', sum_pixels(hidden_grad))
+                grads.add_product('fc1_weight', hidden_grad, normed)
                 parts = aten.native_layer_norm_backward(
                     linear(hidden_grad, to_tokens), tokens, tokens.shape[-1:],
                     mean, rstd, weights.norm_weight, weights.norm_bias,
                     [True, True, True])
                 torch.add(
                     grad[images, rows], parts[0], out=grad_x[images, rows])
-                grads.norm_weight.add_(parts[1])
-                grads.norm_bias.add_(parts[2])
-        return grad_x, None, None, *grads
+                grads.add('norm_weight', parts[1])
+                grads.add('norm_bias', parts[2])
+        return grad_x, None, None, *grads.of(MLPWeights._fields)
 
 
 def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
