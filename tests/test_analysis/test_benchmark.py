@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from mmvvt.analysis.benchmark import alternate, check_same, parse_size
+from mmvvt.analysis.benchmark import (KINDS, OTHER, Row, alternate, build,
+                                      check_finite, check_same, kind_of,
+                                      parse_size, peak_memory, profile,
+                                      read_csv, write_csv)
 
 
 def test_differing_sides_are_not_timed():
@@ -29,3 +32,68 @@ def test_bad_sizes(text):
     with pytest.raises(ValueError, match='a size is BATCHxSIDE'):
         parse_size(text)
     assert parse_size('4x224') == (4, 224)
+
+
+def test_maps_are_looked_at():
+    image = torch.randn(1, 3, 64, 64)
+    maps = [torch.zeros(1, 1, side, side) for side in (16, 8, 4, 2)]
+    check_finite(lambda x: maps, image)
+    with pytest.raises(AssertionError, match=r'\[16, 8, 4\] pixels a side'):
+        check_finite(lambda x: maps[:3], image)
+    maps[2][0, 0, 0, 0] = torch.inf
+    with pytest.raises(AssertionError, match='not finite'):
+        check_finite(lambda x: maps, image)
+
+
+def test_names():
+    model, again = build('vvt-tiny'), build('vvt-tiny-plain')
+    assert model.block1[0].attn.backend == 'auto'
+    assert again.block1[0].attn.backend == 'reference'
+    for (name, a), b in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(a, b), name
+    with pytest.raises(ValueError, match="a model is one of .*, got 'vvt'"):
+        build('vvt')
+
+
+def test_csv_round_trip(tmp_path):
+    rows = [
+        Row('vvt-small', 'forward', 'eager', 'float32', 1, 224, 5, 0.25, 0.125,
+            0.5, None, 'a machine, 2 threads'),
+        Row('resnet-50', 'train_step', 'compiled', 'bfloat16', 4, 512, 3, 2.,
+            1.5, 2.5, 1.25, 'a machine, 2 threads')
+    ]
+    write_csv(tmp_path / 'rows.csv', rows)
+    assert read_csv(tmp_path / 'rows.csv') == rows
+    (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(ValueError, match='its columns must be model, mode'):
+        read_csv(tmp_path / 'other.csv')
+
+
+def test_kinds_of_operations():
+    assert kind_of('aten::addmm') == 'matrix products'
+    assert kind_of('aten::mkldnn_convolution') == 'convolutions'
+    assert kind_of('aten::convolution_backward') == 'convolutions'
+    assert kind_of('aten::gelu_backward') == 'GELU'
+    assert kind_of('aten::le') == 'clamps'
+    assert kind_of('aten::leaky_relu') == OTHER
+
+
+def test_profile_tells_products_from_convolutions():
+    x = torch.randn(2, 64, 32, 32)
+    pixel, depth = torch.randn(256, 64, 1, 1), torch.randn(64, 1, 3, 3)
+    product = profile(lambda: torch.conv2d(x, pixel))
+    assert set(product) == {*KINDS, OTHER}
+    assert list(product)[0] == 'matrix products'
+    assert product['convolutions'] == 0
+    convolution = profile(lambda: torch.conv2d(x, depth, groups=64))
+    assert convolution['matrix products'] == 0 < convolution['convolutions']
+
+
+def test_peak_memory_is_that_of_the_pass():
+    """Not what this process once had: it has held 2 GiB."""
+    torch.zeros(1 << 29)
+    small = peak_memory('vvt-tiny', 1, 64, 'forward', 'float32')
+    large = peak_memory('vvt-tiny', 1, 1024, 'train_step', 'float32')
+    if not torch.cuda.is_available():
+        assert 0.2 < small < 1.5
+    assert large > small + 0.3

@@ -2,7 +2,11 @@
 
 import re
 
+import cv2
+import pytest
 from conftest import run_tool
+
+from mmvvt.analysis.benchmark import read_csv
 
 
 def test_get_flops():
@@ -18,17 +22,54 @@ def test_get_flops():
     assert done.stdout.splitlines()[-1] == 'error: no such config file: no.py'
 
 
-def test_benchmark():
-    done = run_tool('tools/analysis_tools/benchmark.py', '--arch', 'tiny',
-                    '--sizes', '1x64', '2x32', '--runs', '2')
+def test_benchmark(tmp_path):
+    tool = 'tools/analysis_tools/benchmark.py'
+    done = run_tool(tool, '--models', 'vvt-tiny', 'vvt-tiny-plain',
+                    'resnet-50', '--sizes', '1x64', '2x32', '--runs', '2',
+                    '--csv', tmp_path / 'table.csv')
     assert done.returncode == 0, done.stdout
     lines = done.stdout.strip().splitlines()
     assert 'torch' in lines[0] and 'threads' in lines[0]
-    rows = [line for line in lines if re.match(r' +\d+ x \d+', line)]
-    assert len(rows) == 4
-    done = run_tool('tools/analysis_tools/benchmark.py', '--sizes', '224')
+    assert 'vvt-tiny and the plain formula differ by' in done.stdout
+    rows = read_csv(tmp_path / 'table.csv')
+    assert [(r.batch, r.side, r.mode, r.model) for r in rows
+            ] == [(b, s, mode, model) for b, s in ((1, 64), (2, 32))
+                  for mode in ('forward', 'train_step')
+                  for model in ('vvt-tiny', 'vvt-tiny-plain', 'resnet-50')]
+    for row in rows:
+        assert f'{row.batch} x {row.side}, {row.mode.replace("_", " ")}' in (
+            lines)
+        assert row.runs == 2 and row.peak_gib is None
+        assert 0 < row.seconds_p20 <= row.seconds <= row.seconds_p80
+
+    tool = 'tools/analysis_tools/plot_benchmark.py'
+    picture = tmp_path / 'plot.png'
+    done = run_tool(tool, picture, tmp_path / 'table.csv')
+    assert done.returncode == 0, done.stdout
+    assert cv2.imread(str(picture)).std() > 10
+    done = run_tool(tool, picture, tmp_path / 'no.csv')
+    assert done.returncode == 1 and 'no.csv' in done.stdout
+
+
+def test_benchmark_profile():
+    done = run_tool('tools/analysis_tools/benchmark.py', '--models',
+                    'vvt-tiny', '--sizes', '1x64', '--modes', 'train_step',
+                    '--profile', env=dict(CUDA_VISIBLE_DEVICES=''))
+    assert done.returncode == 0, done.stdout
+    table = done.stdout[done.stdout.index('1 x 64, train step'):]
+    for kind in ('matrix products', 'convolutions', 'GELU', 'sum'):
+        assert re.search(rf'^{kind} +\d+$', table, re.M), done.stdout
+
+
+@pytest.mark.parametrize('arguments,message', [
+    (['--sizes', '224'], "such as 4x224, got '224'"),
+    (['--models', 'vvt-huge'], "resnet-50, got 'vvt-huge'"),
+    (['--runs', '0'], '--runs must be 1 or more, got 0'),
+])
+def test_benchmark_refuses(arguments, message):
+    done = run_tool('tools/analysis_tools/benchmark.py', *arguments)
     assert done.returncode == 1
-    assert "such as 4x224, got '224'" in done.stdout
+    assert message in done.stdout.splitlines()[-1]
 
 
 def test_report_says_what_is_missing(tmp_path):

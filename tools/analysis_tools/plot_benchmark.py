@@ -1,4 +1,4 @@
-"""Draw the CSV file of benchmark.py: speed and memory over the image size."""
+"""Draw CSV files of benchmark.py: speed and memory over the image size."""
 
 import argparse
 
@@ -9,19 +9,20 @@ from mmvvt.engine.cli import fail
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('csv', help='what benchmark.py --csv wrote')
     parser.add_argument('picture', help='PNG or SVG to write')
+    parser.add_argument(
+        'csv', nargs='+', help='what benchmark.py --csv wrote, one or more')
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     try:
-        rows = read_csv(args.csv)
+        rows = [row for path in args.csv for row in read_csv(path)]
     except (OSError, ValueError) as error:
         fail(str(error))
     plot_benchmark(rows, args.picture)
-    print(f'{args.picture}: {len(rows)} rows of {args.csv}')
+    print(f'{args.picture}: {len(rows)} rows')
 
 
 if __name__ == '__main__':

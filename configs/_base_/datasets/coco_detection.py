@@ -1,4 +1,6 @@
-# COCO 2017, boxes: 800 x 1333 (short side, and long side at most).
+# COCO 2017, boxes alone: what that changes in coco_instance.py.
+_base_ = './coco_instance.py'
+
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
@@ -17,37 +19,10 @@ test_pipeline = [
                    'scale_factor')),
 ]
 
-train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    persistent_workers=False,
-    worker_init_fn=dict(type='seed_worker'),
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    batch_sampler=dict(type='AspectRatioBatchSampler'),
-    dataset=dict(
-        type='CocoDataset',
-        data_root='data/coco',
-        ann_file='annotations/instances_train2017.json',
-        data_prefix=dict(img='train2017'),
-        filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline))
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CocoDataset',
-        data_root='data/coco',
-        ann_file='annotations/instances_val2017.json',
-        data_prefix=dict(img='val2017'),
-        test_mode=True,
-        pipeline=test_pipeline))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(
-    type='CocoMetric',
-    ann_file='data/coco/annotations/instances_val2017.json',
-    metric='bbox')
+val_evaluator = dict(metric='bbox')
 test_evaluator = val_evaluator
 
 # Three sizes, each also mirrored. mmdet merges boxes; it cannot merge masks.
