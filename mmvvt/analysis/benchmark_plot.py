@@ -6,7 +6,8 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import (  # noqa: E402
+    FuncFormatter, LogLocator, NullLocator)
 
 from .benchmark import Row  # noqa: E402
 
@@ -72,9 +73,10 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
         axis.set_xticks([side for side, _ in shown])
         axis.set_xticklabels([f'{b} x {s}' for s, b in shown])
         axis.xaxis.set_minor_locator(NullLocator())
-        for ticks in (axis.yaxis.set_major_formatter,
-                      axis.yaxis.set_minor_formatter):
-            ticks(FuncFormatter(lambda value, _: f'{value:g}'))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f'{value:g}'))
         axis.set_xlabel('images x pixels a side')
         axis.set_ylabel('megapixels per second' if what == 'speed' else
                         'peak memory (GiB)')

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvvt.models import VicinityAttention
+from mmvvt.models.vvt import ConvMLP
 
 
 @dataclass
@@ -103,7 +104,8 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     attentions = [
         m for m in model.modules() if isinstance(m, VicinityAttention)
     ]
-    backends = [m.backend for m in attentions]
+    mlps = [m for m in model.modules() if isinstance(m, ConvMLP)]
+    backends = [m.backend for m in (*attentions, *mlps)]
     clamps = [m.clamp for m in attentions]
     was_training = model.training
     model.eval()
@@ -111,13 +113,17 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
         for module in attentions:
             # The reference is the plain linear form where clamps are on.
             module.backend, module.clamp = 'reference', True
+        for module in mlps:
+            module.backend = 'reference'
         device = next(model.parameters()).device
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
             _run(model, torch.zeros(input_shape, device=device))
     finally:
-        for module, backend, clamp in zip(attentions, backends, clamps):
-            module.backend, module.clamp = backend, clamp
+        for module, backend in zip((*attentions, *mlps), backends):
+            module.backend = backend
+        for module, clamp in zip(attentions, clamps):
+            module.clamp = clamp
         model.train(was_training)
     # PyTorch counts a multiply-add as two.
     return Complexity(

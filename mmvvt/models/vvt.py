@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
-from mmvvt.ops import check_backend
+from mmvvt.ops import check_backend, dwconv_gelu
 from mmvvt.ops.strips import (AttentionSettings, AttentionWeights, MLPWeights,
                               attention_branch, mlp_branch, runs_in_strips)
 from .attention import VicinityAttention
@@ -55,8 +55,9 @@ class ConvMLP(BaseModule):
         hidden_dims (int): Channels in between.
         drop_rate (float): Dropout after the GELU and at the end. Defaults
             to 0.
-        backend (str): 'reference' copies between convolution and tokens as
-            the official code does. Defaults to 'auto'.
+        backend (str): 'triton' takes convolution and GELU in one kernel,
+            'reference' copies between convolution and tokens as the official
+            code does. Defaults to 'auto'.
         init_cfg (dict, optional): Initialisation. Defaults to None.
     """
 
@@ -67,18 +68,22 @@ class ConvMLP(BaseModule):
                  backend: str = 'auto',
                  init_cfg=None):
         super().__init__(init_cfg)
-        plain = check_backend(backend) == 'reference'
+        self.backend = check_backend(backend)
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.dwconv = DWConv(hidden_dims, plain)
+        self.dwconv = DWConv(hidden_dims, self.backend == 'reference')
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
-        x = self.dwconv(self.fc1(x), spatial_shape)
-        x = self.drop(self.act(x))
-        return self.drop(self.fc2(x))
+        x = self.fc1(x)
+        if self.backend == 'triton':
+            conv = self.dwconv.dwconv
+            x = dwconv_gelu(x, conv.weight, conv.bias, spatial_shape, 'triton')
+        else:
+            x = self.act(self.dwconv(x, spatial_shape))
+        return self.drop(self.fc2(self.drop(x)))
 
 
 # Layers of a block whose weights the strips may take without calling them.

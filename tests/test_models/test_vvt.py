@@ -13,6 +13,7 @@ from mmvvt.arch import resolve_arch
 from mmvvt.checkpoint import official_shapes
 from mmvvt.models import VVT, VicinityAttention
 from mmvvt.ops import LOCALITIES, dispatch
+from mmvvt.ops.strips import common
 
 NANO = dict(
     embed_dims=[8, 16, 24, 32],
@@ -253,6 +254,30 @@ def test_compiles_under_autocast():
         outs, expected = compiled(x), model(x)
     for out, want in zip(outs, expected):
         assert relative_error(out, want) < 0.05
+
+
+def test_exports(monkeypatch):
+    """Also a model that would run in strips."""
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    model = nano(out_indices=ALL).eval()
+    x = torch.randn(1, 3, 64, 48)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x, )).module()
+        for out, want in zip(exported(x), model(x)):
+            assert relative_error(out, want) < 1e-5
+
+
+def test_strips_leave_the_compiler_its_graph(monkeypatch):
+    model = nano(out_indices=ALL)
+    x = torch.randn(1, 3, 64, 48)
+    expected = model(x)
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend='aot_eager')
+    for out, want, eager in zip(compiled(x), expected, model(x)):
+        assert relative_error(out, want) < 1e-5
+        assert relative_error(eager, want) < 1e-5
 
 
 def test_initialisation():

@@ -6,6 +6,7 @@ from conftest import relative_error
 from triton_testing import (DEVICE, INTERPRETED, needs_kernels, poison,
                             run_interpreted)
 
+from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import dwconv_gelu
 
 # (B, h, w, C): strips of 8 columns, 16 rows, 64 and 128 channels, none full
@@ -137,6 +138,30 @@ def test_compiles_in_one_graph(dynamic):
     assert torch.equal(out, dwconv_gelu(*inputs, (4, 5), backend='triton'))
     out.sum().backward()
     assert all(t.grad.isfinite().all() for t in inputs)
+
+
+@needs_kernels
+def test_block():
+    """The backend's name in the config reaches both kernels."""
+    blocks = {}
+    for backend in ('triton', 'torch'):
+        torch.manual_seed(0)
+        block = VVTBlock(16, 2, 2, 2, 1, attn_cfg=dict(backend=backend))
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        blocks[backend] = block.to(DEVICE)
+    called = []
+    blocks['triton'].mlp.act.register_forward_hook(
+        lambda *args: called.append(args))
+    x = torch.randn(2, 12, 16, device=DEVICE)
+    outs = {name: block(x, (3, 4)) for name, block in blocks.items()}
+    assert not called  # the GELU is in the kernel
+    assert relative_error(outs['triton'].cpu(), outs['torch'].cpu()) < 1e-5
+    for out in outs.values():
+        out.square().sum().backward()
+    for (name, ours), want in zip(blocks['triton'].named_parameters(),
+                                  blocks['torch'].parameters()):
+        assert relative_error(ours.grad.cpu(), want.grad.cpu()) < 1e-4, name
 
 
 @pytest.mark.parametrize('change,message', [

@@ -87,6 +87,21 @@ def print_group(rows, batch, side, mode):
               f'{peak:>9}', flush=True)
 
 
+def compiled_sides(args, models, image, mode):
+    """What torch.compile makes of the models, without those it cannot take."""
+    sides = []
+    for name, model in zip(args.models, models):
+        compiled = torch.compile(model)
+        try:
+            STEPS[mode](compiled, image, args.dtype)
+        except Exception as error:  # whatever a compiler may raise
+            reason = type(error).__name__
+            print(f'{name} is left out compiled: {reason} in torch.compile')
+            continue
+        sides.append(('compiled', name, compiled))
+    return sides
+
+
 def measure(args, models, batch, side, mode):
     """A row for each model and engine, timed in alternation."""
     image = torch.randn(batch, 3, side, side)
@@ -95,8 +110,7 @@ def measure(args, models, batch, side, mode):
     sides = [('eager', name, model)
              for name, model in zip(args.models, models)]
     if args.compile:
-        sides += [('compiled', name, torch.compile(model))
-                  for name, model in zip(args.models, models)]
+        sides += compiled_sides(args, models, image, mode)
     timings = alternate([
         partial(STEPS[mode], model, image, args.dtype)
         for _, _, model in sides
@@ -139,9 +153,10 @@ def main():
     except (ValueError, ImportError) as error:
         fail(str(error))
     print(machine_line())
-    print(f'{args.dtype}, {args.runs} runs a side in alternation; images per '
-          'second: median (20th to 80th percentile); time: over that of '
-          f'{args.models[0]}')
+    if not args.profile:
+        print(f'{args.dtype}, {args.runs} runs a side in alternation; images '
+              'per second: median (20th to 80th percentile); time: over that '
+              f'of {args.models[0]}')
     check(models, args.models, torch.randn(1, 3, 224, 224).to(
         'cuda' if torch.cuda.is_available() else 'cpu'))
 

@@ -26,12 +26,12 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
         x (Tensor): ``(B, N, C)``.
         channels (int): Of the widest intermediate.
     """
-    return (x.device.type == 'cpu' and x.dtype in DTYPES
-            and len(x) * x.shape[1] * channels > LEAST_NUMBERS
-            and type(x) in (Tensor, torch.nn.Parameter)
+    # The compiler first: it would tie its graph to what is looked at.
+    return (not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and x.device.type == 'cpu' and x.dtype in DTYPES
             and not torch.is_autocast_enabled('cpu')
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing())
+            and type(x) in (Tensor, torch.nn.Parameter)
+            and len(x) * x.shape[1] * channels > LEAST_NUMBERS)
 
 
 def check_differentiated_once() -> None:
