@@ -15,9 +15,11 @@ from torch import Tensor
 from ..angles import angle_tables
 from ..clamp import CLAMP_MAX, CLAMP_MIN
 from .common import (GradSums, check_differentiated_once, cut,
-                     keep_freed_memory, linear, sum_pixels)
+                     keep_freed_memory, layer_norm, layer_norm_grads, linear,
+                     sum_pixels)
 
-aten = torch.ops.aten
+# Copies that the features of a token are made of.
+COPIES = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
 
 
 class AttentionWeights(NamedTuple):
@@ -140,11 +142,6 @@ def _clamp_sums(sums: Tensor, clamp: bool) -> Tensor:
     return sums
 
 
-def _norm(x: Tensor, weights: AttentionWeights, eps: float):
-    return torch.native_layer_norm(x, x.shape[-1:], weights.norm_weight,
-                                   weights.norm_bias, eps)
-
-
 def _keys_and_values(projected: Tensor, factors: Optional[Tensor],
                      num_heads: int) -> Tuple[Tensor, Tensor]:
     """Features of the keys ``(b, heads, p, n * d)`` and the values.
@@ -196,26 +193,27 @@ def _forward(x: Tensor, weights: AttentionWeights,
     heads, clamp = settings.num_heads, settings.clamp
     reduced_dims = weights.out_weight.shape[1]
     head_dims = reduced_dims // heads
-    copies = dict(none=1).get(settings.locality, 4)
-    pieces = list(cut(batch, height, width, 2 * copies * reduced_dims))
+    feature_dims = COPIES[settings.locality] * head_dims
+    # The features of a token, before and after they are multiplied.
+    pieces = list(cut(batch, height, width, 2 * heads * feature_dims))
 
     # Queries alone, or keys and values too where a backward pass follows.
     projected = x.new_empty(batch, height, width,
                             reduced_dims * (3 if keep else 1))
-    sums, token_sum = None, x.new_zeros(batch, x.shape[-1])
+    sums = x.new_zeros(batch, heads, feature_dims, head_dims + 1)
+    token_sum = x.new_zeros(batch, x.shape[-1])
     for images, strips in pieces:
         for rows in strips:
-            normed = _norm(x[images, rows], weights, settings.norm_eps)[0]
+            normed, _, _ = layer_norm(x[images, rows], weights.norm_weight,
+                                      weights.norm_bias, settings.norm_eps)
             token_sum[images] += normed.sum(dim=(1, 2))
             qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
             projected[images, rows] = qkv[..., :projected.shape[-1]]
             factors = _factors((height, width), rows, settings.locality, x)
             k, v = _keys_and_values(qkv, factors, heads)
-            if sums is None:
-                sums = x.new_zeros(batch, heads, k.shape[-1], head_dims + 1)
             sums[images] += k.transpose(-2, -1) @ v
     clamped_sums = _clamp_sums(sums, clamp)
-    hidden, gate = _gate(token_sum / (height * width), weights)
+    _, gate = _gate(token_sum / (height * width), weights)
 
     out = torch.empty_like(x)
     # What out_proj gives, for the masks of the clamps after it.
@@ -262,8 +260,7 @@ class _AttentionBranch(torch.autograd.Function):
         batch, height, width, _ = x.shape
         heads, clamp = settings.num_heads, settings.clamp
         reduced_dims = weights.out_weight.shape[1]
-        pieces = list(
-            cut(batch, height, width, sums.shape[2] * heads * 2))
+        pieces = list(cut(batch, height, width, 2 * heads * sums.shape[2]))
         grad = grad.contiguous()
         clamped_sums = _clamp_sums(sums, clamp)
         mean = token_sum / (height * width)
@@ -348,15 +345,16 @@ class _AttentionBranch(torch.autograd.Function):
                 _merge_heads(v_grad, v_out)
 
                 tokens = x[images, rows]
-                normed, token_mean, rstd = _norm(tokens, weights,
-                                                 settings.norm_eps)
+                normed, token_mean, rstd = layer_norm(
+                    tokens, weights.norm_weight, weights.norm_bias,
+                    settings.norm_eps)
                 grads.add('qkv_bias', sum_pixels(qkv_grad))
                 grads.add_product('qkv_weight', qkv_grad, normed)
                 normed_grad = linear(qkv_grad, from_qkv)
                 normed_grad.add_(mean_grad[images, None, None])
-                parts = aten.native_layer_norm_backward(
-                    normed_grad, tokens, tokens.shape[-1:], token_mean, rstd,
-                    weights.norm_weight, weights.norm_bias, [True] * 3)
+                parts = layer_norm_grads(normed_grad, tokens, token_mean, rstd,
+                                         weights.norm_weight,
+                                         weights.norm_bias)
                 torch.add(
                     grad[images, rows], parts[0], out=grad_x[images, rows])
                 grads.add('norm_weight', parts[1])

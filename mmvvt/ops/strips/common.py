@@ -103,6 +103,20 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         F.conv2d(to_channels(x), weight[:, :, None, None], bias))
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor,
+               eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """``(b, rows, w, C)`` normalised over C, means, reciprocal deviations."""
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def layer_norm_grads(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+                     weight: Tensor,
+                     bias: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias of :func:`layer_norm`."""
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True])
+
+
 def to_channels(x: Tensor) -> Tensor:
     """``(b, rows, w, C)`` to ``(b, C, rows, w)``, channels last: no copy."""
     return x.permute(0, 3, 1, 2)

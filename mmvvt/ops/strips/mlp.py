@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (GradSums, RowWindow, check_differentiated_once, cut,
-                     keep_freed_memory, linear, sum_pixels, to_channels,
-                     to_pixels)
+                     keep_freed_memory, layer_norm, layer_norm_grads, linear,
+                     sum_pixels, to_channels, to_pixels)
 
 aten = torch.ops.aten
 
@@ -64,13 +64,6 @@ def _depthwise_weight_grads(grad: Tensor, window: Tensor, weight: Tensor,
         [padding, 1], [1, 1], False, [0, 0], channels, [False, True, True])[1:]
 
 
-def _norm(x: Tensor, weights: MLPWeights,
-          eps: float) -> Tuple[Tensor, Tensor, Tensor]:
-    """Normalised tokens, means and reciprocal deviations."""
-    return torch.native_layer_norm(x, x.shape[-1:], weights.norm_weight,
-                                   weights.norm_bias, eps)
-
-
 def _forward(x: Tensor, weights: MLPWeights, eps: float,
              scale: Optional[Tensor], kept: Optional[list]) -> Tensor:
     """Tokens ``(B, h, w, C)`` to the same; hidden layers are put in kept."""
@@ -79,9 +72,9 @@ def _forward(x: Tensor, weights: MLPWeights, eps: float,
     for images, strips in cut(*x.shape[:3], hidden_dims):
         window = RowWindow(x.shape[1])
         for rows in strips:
-            hidden = linear(
-                _norm(x[images, rows], weights, eps)[0], weights.fc1_weight,
-                weights.fc1_bias)
+            normed, _, _ = layer_norm(x[images, rows], weights.norm_weight,
+                                      weights.norm_bias, eps)
+            hidden = linear(normed, weights.fc1_weight, weights.fc1_bias)
             hidden, rows, padding = window.push(hidden, rows)
             mixed = _depthwise(hidden, weights.dwconv_weight,
                                weights.dwconv_bias, padding)
@@ -130,9 +123,11 @@ class _MLPBranch(torch.autograd.Function):
                     hidden, mixed = next(kept), next(kept)
                     padding = 1
                 else:
-                    hidden = linear(
-                        _norm(x[images, rows], weights, ctx.eps)[0],
-                        weights.fc1_weight, weights.fc1_bias)
+                    normed, _, _ = layer_norm(x[images, rows],
+                                              weights.norm_weight,
+                                              weights.norm_bias, ctx.eps)
+                    hidden = linear(normed, weights.fc1_weight,
+                                    weights.fc1_bias)
                     hidden, rows, padding = window.push(hidden, rows)
                     mixed = _depthwise(hidden, weights.dwconv_weight,
                                        weights.dwconv_bias, padding)
@@ -153,13 +148,13 @@ class _MLPBranch(torch.autograd.Function):
                 hidden_grad, rows, padding = grad_window.push(mixed_grad, rows)
                 hidden_grad = _depthwise(hidden_grad, flipped, None, padding)
                 tokens = x[images, rows]
-                normed, mean, rstd = _norm(tokens, weights, ctx.eps)
+                normed, mean, rstd = layer_norm(tokens, weights.norm_weight,
+                                                weights.norm_bias, ctx.eps)
                 grads.add('fc1_bias', sum_pixels(hidden_grad))
                 grads.add_product('fc1_weight', hidden_grad, normed)
-                parts = aten.native_layer_norm_backward(
-                    linear(hidden_grad, to_tokens), tokens, tokens.shape[-1:],
-                    mean, rstd, weights.norm_weight, weights.norm_bias,
-                    [True, True, True])
+                parts = layer_norm_grads(
+                    linear(hidden_grad, to_tokens), tokens, mean, rstd,
+                    weights.norm_weight, weights.norm_bias)
                 torch.add(
                     grad[images, rows], parts[0], out=grad_x[images, rows])
                 grads.add('norm_weight', parts[1])
