@@ -3,6 +3,7 @@
 _base_ = [
     '../_base_/models/fpn_vvt-nano.py',
     '../_base_/datasets/digit_scenes.py',
+    '../_base_/schedules/adamw_digit_scenes.py',
     '../_base_/segmentation_runtime.py',
 ]
 
@@ -21,11 +22,7 @@ model = dict(
     ]))
 
 iterations = 1100
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
-    clip_grad=dict(max_norm=1.0))
+optim_wrapper = dict(optimizer=dict(lr=3e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=50),
     dict(
@@ -35,11 +32,7 @@ param_scheduler = [
         begin=50,
         end=iterations),
 ]
-train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-auto_scale_lr = dict(base_batch_size=8)
+train_cfg = dict(max_iters=iterations, val_interval=iterations)
 
 default_hooks = dict(
     checkpoint=dict(

@@ -221,6 +221,21 @@ def test_channels_last():
         assert relative_error(out, want) < 1e-5
 
 
+@pytest.mark.parametrize('memory_format',
+                         [torch.contiguous_format, torch.channels_last])
+def test_tokens_are_a_view_of_the_convolution(memory_format):
+    """No copy between the two, whatever the layout of the image."""
+    embed = nano().patch_embed1
+    inputs = {}
+    embed.proj.register_forward_hook(
+        lambda module, args, out: inputs.update(maps=out))
+    embed.norm.register_forward_pre_hook(
+        lambda module, args: inputs.update(tokens=args[0]))
+    embed(torch.randn(2, 3, 64, 40).to(memory_format=memory_format))
+    assert inputs['tokens'].is_contiguous()
+    assert inputs['tokens'].data_ptr() == inputs['maps'].data_ptr()
+
+
 def test_compiles_in_one_graph():
     model = nano(out_indices=ALL)
     x = torch.randn(1, 3, 64, 48)

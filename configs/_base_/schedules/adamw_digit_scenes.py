@@ -1,4 +1,4 @@
-# The digit scenes' detectors: 1400 iterations of 8 scenes. Ours.
+# The digit scenes: 1400 iterations of 8, as the detectors have them. Ours.
 iterations = 1400
 optim_wrapper = dict(
     type='OptimWrapper',

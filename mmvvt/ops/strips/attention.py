@@ -15,8 +15,8 @@ from torch import Tensor
 from ..angles import angle_tables
 from ..clamp import CLAMP_MAX, CLAMP_MIN
 from .common import (GradSums, check_differentiated_once, cut,
-                     keep_freed_memory, layer_norm, layer_norm_grads, linear,
-                     sum_pixels)
+                     layer_norm, layer_norm_grads, linear, sum_pixels,
+                     to_images, wants_grad)
 
 # Copies that the features of a token are made of.
 COPIES = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
@@ -380,12 +380,8 @@ def attention_branch(x: Tensor,
     Returns:
         Tensor: ``(B, N, C)``. It can be differentiated once.
     """
-    keep_freed_memory()
-    x = x.contiguous().unflatten(1, spatial_shape)  # (B, h, w, C)
-    if scale is not None:
-        scale = scale[..., None]  # (B, 1, 1) -> (B, 1, 1, 1)
-    if torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, *weights)):
+    x, scale = to_images(x, spatial_shape, scale)
+    if wants_grad(x, *weights):
         out = _AttentionBranch.apply(x, settings, scale, *weights)
     else:
         out, _ = _forward(x, weights, settings, scale, False)

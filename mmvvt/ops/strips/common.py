@@ -55,6 +55,20 @@ def keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8, device='cpu')
 
 
+def to_images(x: Tensor, spatial_shape: Tuple[int, int],
+              scale: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+    """Tokens ``(B, N, C)`` to ``(B, h, w, C)``, their scale likewise."""
+    keep_freed_memory()
+    x = x.contiguous().unflatten(1, spatial_shape)
+    # (B, 1, 1) -> (B, 1, 1, 1)
+    return x, None if scale is None else scale[..., None]
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def cut(batch: int, height: int, width: int, channels: int
         ) -> Iterator[Tuple[slice, List[slice]]]:
     """Cut a batch into groups of whole images, or images into rows.

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (GradSums, RowWindow, check_differentiated_once, cut,
-                     keep_freed_memory, layer_norm, layer_norm_grads, linear,
-                     sum_pixels, to_channels, to_pixels)
+                     layer_norm, layer_norm_grads, linear, sum_pixels,
+                     to_channels, to_images, to_pixels, wants_grad)
 
 aten = torch.ops.aten
 
@@ -178,12 +178,8 @@ def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
     Returns:
         Tensor: ``(B, N, C)``. It can be differentiated once.
     """
-    keep_freed_memory()
-    x = x.contiguous().unflatten(1, spatial_shape)  # (B, h, w, C)
-    if scale is not None:
-        scale = scale[..., None]  # (B, 1, 1) -> (B, 1, 1, 1)
-    if torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, *weights)):
+    x, scale = to_images(x, spatial_shape, scale)
+    if wants_grad(x, *weights):
         out = _MLPBranch.apply(x, eps, scale, *weights)
     else:
         out = _forward(x, weights, eps, scale, None)
