@@ -7,6 +7,19 @@ from torch import Tensor
 CLAMP_MIN, CLAMP_MAX = 1e-4, 1e4
 
 
+def clamp_in_place(t: Tensor) -> Tensor:
+    """:func:`magnitude_clamp` in place, outside autograd."""
+    sign = t.sign()
+    return t.abs_().clamp_(CLAMP_MIN, CLAMP_MAX).mul_(sign)
+
+
+def mask_clamp_grad(grad: Tensor, t: Tensor) -> Tensor:
+    """Gradient of ``t`` from that of :func:`magnitude_clamp`, in place."""
+    magnitude = t.abs()
+    return grad.mul_((magnitude >= CLAMP_MIN).logical_and_(
+        magnitude <= CLAMP_MAX))
+
+
 class _MagnitudeClamp(torch.autograd.Function):
     """Keeps one byte an element for the backward pass, not four copies."""
 
@@ -40,4 +53,4 @@ def magnitude_clamp(t: Tensor) -> Tensor:
         return t.sign() * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
     if torch.is_grad_enabled() and t.requires_grad:
         return _MagnitudeClamp.apply(t)
-    return t.abs().clamp_(CLAMP_MIN, CLAMP_MAX).mul_(t.sign())
+    return clamp_in_place(t.clone())

@@ -198,20 +198,20 @@ def vicinity_attention(q: Tensor,
         return attention.linear_attention(q, k, v, query_shape, key_shape,
                                           locality, clamp, eps)
 
-    dtype = q.dtype
-    accumulate = torch.promote_types(dtype, torch.float32)
     device_type = q.device.type
     autocast_on = torch.is_autocast_enabled(device_type)
     with torch.autocast(
             device_type, enabled=False) if autocast_on else nullcontext():
-        q, k, v = (t.to(accumulate) for t in (q, k, v))
         if backend == 'torch':
-            out = linear.linear_attention(q, k, v, query_shape, key_shape,
-                                          locality, clamp, eps)
-        elif clamp:
+            return linear.linear_attention(q, k, v, query_shape, key_shape,
+                                           locality, clamp, eps)
+        dtype = q.dtype
+        accumulate = torch.promote_types(dtype, torch.float32)
+        q, k, v = (t.to(accumulate) for t in (q, k, v))
+        if clamp:
             out = reference.linear_attention(q, k, v, query_shape, key_shape,
                                              locality, eps)
         else:
             out = reference.quadratic_attention(q, k, v, query_shape,
                                                 key_shape, locality, eps)
-    return out.to(dtype)
+        return out.to(dtype)

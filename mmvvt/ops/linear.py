@@ -1,81 +1,39 @@
 """The ``torch`` backend: linear vicinity attention in stock operations.
 
-The sum form never builds the features of four times the width. Its weight
-is ``cos(a_p - a_r) + cos(b_p - b_r)``: the first term depends on the rows of
-the two tokens alone, the second on their columns alone. So
-``sum_r k_r^T v_r`` is taken once over each row and once over each column
-(two products instead of four), the ``h + w`` small matrices are combined
-with the cosines and sines, and the way back to the tokens goes through one
-matrix per row and one per column.
+Two maps make it, and their gradients are the same two maps again:
+
+- :func:`sum_tokens` sums the products ``k_r^T v_r`` of all tokens, once for
+  each factor of the vicinity weight;
+- :func:`spread_sums` multiplies each token with those sums.
+
+The backward pass keeps q, k, v and the sums, and computes the rest again: at
+high resolution fetching it would take as long, and its memory is wanted.
 """
 
-from typing import Tuple
+from functools import reduce
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .angles import angle_tables
-from .clamp import magnitude_clamp
+from .clamp import (CLAMP_MAX, CLAMP_MIN, clamp_in_place, magnitude_clamp,
+                    mask_clamp_grad)
 
 Shape = Tuple[int, int]
 
 
-def _clamp_kv(kv: Tensor, clamp: bool) -> Tensor:
-    """Clamp all but the last column, which holds the sums of keys."""
-    if not clamp:
-        return kv
-    return torch.cat([magnitude_clamp(kv[..., :-1]), kv[..., -1:]], dim=-1)
-
-
-def _sum_form(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
-              key_shape: Shape, clamp: bool) -> Tensor:
-    """Numerator and denominator of the sum form.
-
-    Args:
-        q (Tensor): ``(B, heads, N, d)`` after the ReLU.
-        k (Tensor): ``(B, heads, M, d)`` after the ReLU.
-        v (Tensor): ``(B, heads, M, e)``, its last column 1.
-        query_shape (tuple[int, int]): Query grid.
-        key_shape (tuple[int, int]): Key grid.
-        clamp (bool): Clamp the key-value sums.
-
-    Returns:
-        Tensor: ``(B, heads, N, e)``, the denominator in its last column.
-    """
-    d, e = q.shape[-1], v.shape[-1]
-    tables = angle_tables(key_shape, False, k.dtype, k.device)
+def _axis_factors(shape: Shape, like: Tensor) -> Tuple[Tensor, Tensor]:
+    """Cosine and sine of each row, ``(2, h)``, and of each column."""
+    tables = angle_tables(shape, False, like.dtype, like.device)
     cos_a, sin_a, cos_b, sin_b = (t.flatten() for t in tables)
-    to_rows = torch.stack([cos_a, sin_a])  # (2, h)
-    to_cols = torch.stack([cos_b, sin_b])  # (2, w)
-
-    k = k.unflatten(-2, key_shape)  # (B, heads, h, w, d)
-    v = v.unflatten(-2, key_shape)  # (B, heads, h, w, e)
-    per_row = k.transpose(-2, -1) @ v  # (B, heads, h, d, e)
-    k, v = k.transpose(-3, -2), v.transpose(-3, -2)  # (B, heads, w, h, .)
-    per_col = k.transpose(-2, -1) @ v  # (B, heads, w, d, e)
-    kv_rows = to_rows @ per_row.flatten(-2)  # (B, heads, 2, d * e)
-    kv_cols = to_cols @ per_col.flatten(-2)  # (B, heads, 2, d * e)
-    # (B, heads, 2, d * e) -> (B, heads, 2, d, e), clamped -> (..., d * e)
-    kv_rows = _clamp_kv(kv_rows.unflatten(-1, (d, e)), clamp).flatten(-2)
-    kv_cols = _clamp_kv(kv_cols.unflatten(-1, (d, e)), clamp).flatten(-2)
-
-    if query_shape != key_shape:
-        tables = angle_tables(query_shape, False, q.dtype, q.device)
-        cos_a, sin_a, cos_b, sin_b = (t.flatten() for t in tables)
-        to_rows = torch.stack([cos_a, sin_a])
-        to_cols = torch.stack([cos_b, sin_b])
-    # (h, 2) @ (B, heads, 2, d * e) -> (B, heads, h, d, e), columns likewise
-    from_rows = (to_rows.t() @ kv_rows).unflatten(-1, (d, e))
-    from_cols = (to_cols.t() @ kv_cols).unflatten(-1, (d, e))
-    q = q.unflatten(-2, query_shape)  # (B, heads, h, w, d)
-    by_col = q.transpose(-3, -2) @ from_cols  # (B, heads, w, h, e)
-    out = q @ from_rows + by_col.transpose(-3, -2)  # (B, heads, h, w, e)
-    return out.flatten(-3, -2)  # (B, heads, N, e)
+    return torch.stack([cos_a, sin_a]), torch.stack([cos_b, sin_b])
 
 
-def _factors(shape: Shape, locality: str, like: Tensor) -> Tuple[Tensor, ...]:
-    """What each copy of the features is multiplied by, each ``(h * w, 1)``."""
+def _token_factors(shape: Shape, locality: str,
+                   like: Tensor) -> Tuple[Tensor, ...]:
+    """The factors of each token, n of ``(h * w, 1)``."""
     if locality == '1d':
         return angle_tables(shape, True, like.dtype, like.device)
     cos_a, sin_a, cos_b, sin_b = angle_tables(shape, False, like.dtype,
@@ -85,28 +43,216 @@ def _factors(shape: Shape, locality: str, like: Tensor) -> Tuple[Tensor, ...]:
                  for s in (cos_b, sin_b))
 
 
-def _factored_form(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
-                   key_shape: Shape, clamp: bool, locality: str) -> Tensor:
-    """Numerator and denominator of the other forms, one factor at a time.
+def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
+    """``sum_r factor_r * k_r^T v_r`` for each factor of the vicinity weight.
 
-    Arguments and result are those of :func:`_sum_form`.
+    The factors of the sum form are cosine and sine of the row's angle, and
+    of the column's. So the products are summed over each row and over each
+    column (two products instead of four), and the ``h + w`` small matrices
+    then combined.
+
+    Args:
+        k (Tensor): ``(B, heads, h * w, d)``.
+        v (Tensor): ``(B, heads, h * w, e)``.
+        shape (tuple[int, int]): Grid ``(h, w)``.
+        locality (str): 'sum', 'product', '1d' or 'none'.
+
+    Returns:
+        Tensor: ``(B, heads, n, d, e)``; n is 4 for 'sum' and 'product', 2 for
+        '1d', 1 for 'none'.
     """
     if locality == 'none':
-        return q @ _clamp_kv(k.transpose(-2, -1) @ v, clamp)
-    out = None
-    for to_query, to_key in zip(
-            _factors(query_shape, locality, q),
-            _factors(key_shape, locality, k)):
-        kv = _clamp_kv((k * to_key).transpose(-2, -1) @ v, clamp)
-        part = (q * to_query) @ kv  # (B, heads, N, e)
-        out = part if out is None else out + part
-    return out
+        return (k.transpose(-2, -1) @ v).unsqueeze(-3)
+    if locality != 'sum':
+        return torch.stack([(k * factor).transpose(-2, -1) @ v
+                            for factor in _token_factors(shape, locality, k)],
+                           dim=-3)
+    to_rows, to_cols = _axis_factors(shape, k)
+    k = k.unflatten(-2, shape)  # (B, heads, h, w, d)
+    v = v.unflatten(-2, shape)  # (B, heads, h, w, e)
+    per_row = k.transpose(-2, -1) @ v  # (B, heads, h, d, e)
+    k, v = k.transpose(-3, -2), v.transpose(-3, -2)  # (B, heads, w, h, .)
+    per_col = k.transpose(-2, -1) @ v  # (B, heads, w, d, e)
+    # (2, h) @ (B, heads, h, d * e) -> (B, heads, 2, d * e), columns likewise
+    sums = torch.cat([
+        to_rows @ per_row.flatten(-2), to_cols @ per_col.flatten(-2)
+    ], dim=-2)
+    return sums.unflatten(-1, per_row.shape[-2:])  # (B, heads, 4, d, e)
+
+
+def spread_sums(q: Tensor, sums: Tensor, shape: Shape,
+                locality: str) -> Tensor:
+    """``sum_n factor_pn * q_p sums_n`` for each token p.
+
+    In the sum form each row has a matrix, and each column.
+
+    Args:
+        q (Tensor): ``(B, heads, h * w, d)``.
+        sums (Tensor): ``(B, heads, n, d, e)``.
+        shape (tuple[int, int]): Grid ``(h, w)``.
+        locality (str): 'sum', 'product', '1d' or 'none'.
+
+    Returns:
+        Tensor: ``(B, heads, h * w, e)``.
+    """
+    if locality == 'none':
+        return q @ sums.squeeze(-3)
+    if locality != 'sum':
+        return reduce(torch.add, ((q * factor) @ part for factor, part in zip(
+            _token_factors(shape, locality, q), sums.unbind(-3))))
+    to_rows, to_cols = _axis_factors(shape, q)
+    # (B, heads, 4, d, e) -> twice (B, heads, 2, d * e)
+    row_sums, col_sums = sums.flatten(-2).chunk(2, dim=-2)
+    matrix = sums.shape[-2:]
+    # (h, 2) @ (B, heads, 2, d * e) -> (B, heads, h, d, e), columns likewise
+    of_rows = (to_rows.t() @ row_sums).unflatten(-1, matrix)
+    of_cols = (to_cols.t() @ col_sums).unflatten(-1, matrix)
+    q = q.unflatten(-2, shape)  # (B, heads, h, w, d)
+    by_col = q.transpose(-3, -2) @ of_cols  # (B, heads, w, h, e)
+    out = q @ of_rows + by_col.transpose(-3, -2)  # (B, heads, h, w, e)
+    return out.flatten(-3, -2)  # (B, heads, h * w, e)
+
+
+def clamp_sums(sums: Tensor, clamp: bool) -> Tensor:
+    """Clamp all but the last column, which holds the sums of keys."""
+    if not clamp:
+        return sums
+    return torch.cat([magnitude_clamp(sums[..., :-1]), sums[..., -1:]], dim=-1)
+
+
+def divide(products: Tensor, clamp: bool, eps: float) -> Tensor:
+    """Numerator over denominator.
+
+    Args:
+        products (Tensor): ``(..., d + 1)``: the numerator, and in the last
+            column the sum of weights.
+        clamp (bool): Clamp the numerator, the normaliser and the result.
+        eps (float): Added to the sum of weights.
+
+    Returns:
+        Tensor: ``(..., d)``.
+    """
+    numerator = products[..., :-1]
+    normaliser = (products[..., -1:] + eps).reciprocal()
+    if not clamp:
+        return numerator * normaliser
+    return magnitude_clamp(
+        magnitude_clamp(numerator) * magnitude_clamp(normaliser))
+
+
+def divide_backward(grad: Tensor, products: Tensor, clamp: bool,
+                    eps: float) -> Tuple[Tensor, Tensor]:
+    """Gradient of the products of :func:`divide`, and its result once more.
+
+    Args:
+        grad (Tensor): ``(..., d)``, overwritten.
+        products (Tensor): ``(..., d + 1)``.
+        clamp (bool): As there.
+        eps (float): As there.
+
+    Returns:
+        tuple[Tensor, Tensor]: ``(..., d + 1)`` and ``(..., d)``.
+    """
+    numerator = products[..., :-1]
+    normaliser = (products[..., -1:] + eps).reciprocal()
+    if not clamp:
+        factor_grad = (grad * numerator).sum(dim=-1, keepdim=True)
+        out = numerator * normaliser
+        grad.mul_(normaliser)
+    else:
+        top = magnitude_clamp(numerator)
+        # No weight is negative, so neither is their sum.
+        factor = normaliser.clamp(CLAMP_MIN, CLAMP_MAX)
+        out = top * factor
+        mask_clamp_grad(grad, out)
+        factor_grad = mask_clamp_grad(
+            (grad * top).sum(dim=-1, keepdim=True), normaliser)
+        mask_clamp_grad(grad.mul_(factor), numerator)
+        clamp_in_place(out)
+    normaliser_grad = factor_grad.mul_(normaliser.square()).neg_()
+    return torch.cat([grad, normaliser_grad], dim=-1), out
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, ...]:
+    """Queries and keys after the ReLU, and values with a column of ones.
+
+    The column, ``(B, heads, M, d)`` to ``(B, heads, M, d + 1)``, makes the
+    same products give the sum of keys, and so the denominator.
+    """
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (t.to(accumulate) for t in (q, k, v))
+    return q.relu(), k.relu(), F.pad(v, (0, 1), value=1.)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
+             key_shape: Shape, locality: str, clamp: bool,
+             eps: float) -> Tuple[Tensor, Tensor]:
+    """The output, and the sums before their clamp."""
+    dtype = q.dtype
+    q, k, v = _prepare(q, k, v)
+    sums = sum_tokens(k, v, key_shape, locality)
+    products = spread_sums(q, clamp_sums(sums, clamp), query_shape, locality)
+    return divide(products, clamp, eps).to(dtype), sums
+
+
+def _grads(grad: Tensor, inputs: Sequence[Tensor], sums: Tensor,
+           query_shape: Shape, key_shape: Shape, locality: str, clamp: bool,
+           eps: float) -> Tuple[Tensor, ...]:
+    """Gradients of q, k and v."""
+    q, k, v = _prepare(*inputs)
+    clamped = clamp_sums(sums, clamp)
+    products = spread_sums(q, clamped, query_shape, locality)
+    # A copy, as it is overwritten and not ours.
+    products_grad, _ = divide_backward(
+        grad.to(q.dtype, copy=True), products, clamp, eps)
+    q_grad = spread_sums(products_grad, clamped.transpose(-2, -1),
+                         query_shape, locality).mul_(q > 0)
+    sums_grad = sum_tokens(q, products_grad, query_shape, locality)
+    if clamp:
+        mask_clamp_grad(sums_grad[..., :-1], sums[..., :-1])
+    k_grad = spread_sums(v, sums_grad.transpose(-2, -1), key_shape,
+                         locality).mul_(k > 0)
+    v_grad = spread_sums(k, sums_grad[..., :-1], key_shape, locality)
+    return tuple(
+        g.to(t.dtype) for g, t in zip((q_grad, k_grad, v_grad), inputs))
+
+
+def _differentiable_grads(grad: Tensor, inputs: Sequence[Tensor],
+                          settings: tuple) -> Tuple[Optional[Tensor], ...]:
+    """The same by autograd, for gradients of gradients."""
+    wanted = [t for t in inputs if t.requires_grad]
+    grads = iter(
+        torch.autograd.grad(
+            _forward(*inputs, *settings)[0], wanted, grad, create_graph=True))
+    return tuple(next(grads) if t.requires_grad else None for t in inputs)
+
+
+class _LinearAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, q, k, v, *settings):
+        out, sums = _forward(q, k, v, *settings)
+        ctx.settings = settings
+        ctx.save_for_backward(q, k, v, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Once: checkpointing hands them out no second time.
+        *inputs, sums = ctx.saved_tensors
+        # Called inside autocast, it must not reach the sums here either.
+        with torch.autocast(grad.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                grads = _differentiable_grads(grad, inputs, ctx.settings)
+            else:
+                grads = _grads(grad, inputs, sums, *ctx.settings)
+        return (*grads, *[None] * len(ctx.settings))
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
                      key_shape: Shape, locality: str, clamp: bool,
                      eps: float) -> Tensor:
-    """Linear vicinity attention.
+    """Linear vicinity attention, computed in float32 at least.
 
     Args:
         q (Tensor): ``(B, heads, N, d)`` before the ReLU.
@@ -119,18 +265,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
         eps (float): Added to the sum of weights.
 
     Returns:
-        Tensor: ``(B, heads, N, d)``.
+        Tensor: ``(B, heads, N, d)`` in the dtype of ``q``.
     """
-    # (B, heads, M, d) -> (B, heads, M, d + 1): the column of ones makes the
-    # same products give the sum of keys, and so the denominator.
-    v = F.pad(v, (0, 1), value=1.)
-    q, k = q.relu(), k.relu()
-    if locality == 'sum':
-        out = _sum_form(q, k, v, query_shape, key_shape, clamp)
-    else:
-        out = _factored_form(q, k, v, query_shape, key_shape, clamp, locality)
-    numerator, normaliser = out[..., :-1], 1 / (out[..., -1:] + eps)
-    if not clamp:
-        return numerator * normaliser
-    return magnitude_clamp(
-        magnitude_clamp(numerator) * magnitude_clamp(normaliser))
+    arguments = (q, k, v, query_shape, key_shape, locality, clamp, eps)
+    # A compiler decides itself what to keep.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(
+            t.requires_grad for t in (q, k, v)):
+        return _LinearAttention.apply(*arguments)
+    return _forward(*arguments)[0]

@@ -135,28 +135,33 @@ def test_backbone(golden, image, dtype, backend):
 def drop_call(function, number, calls):
     """The function, but for its call of that number, which does nothing."""
 
-    def dropping(t):
+    def dropping(t, *others):
         calls.append(number)
-        return t if len(calls) - 1 == number else function(t)
+        return t if len(calls) - 1 == number else function(t, *others)
 
     return dropping
 
 
-# of the backend: key-value sums of rows, of columns, numerator, normaliser,
-# output; of the module: after out_proj
-@pytest.mark.parametrize('module,number', [(linear, n) for n in range(5)] +
-                         [(attention_module, 0)])
-def test_golden_data_tells_when_a_clamp_is_dropped(golden, module, number,
+# Of the backend, forward: key-value sums, numerator, normaliser (after it the
+# output, whose clamp changes too little here, see test_vicinity_attention.py);
+# backward, computed again: sums, numerator; masks: output, normaliser,
+# numerator, sums. Of the module: after out_proj.
+@pytest.mark.parametrize('module,name,number,total', [
+    *[(linear, 'magnitude_clamp', n, 6) for n in (0, 1, 2, 4, 5)],
+    *[(linear, 'mask_clamp_grad', n, 4) for n in range(4)],
+    (attention_module, 'magnitude_clamp', 0, 2),
+])
+def test_golden_data_tells_when_a_clamp_is_dropped(golden, module, name,
+                                                   number, total,
                                                    monkeypatch):
     worst = 0.
     for case in CASES:
         calls = []
         with monkeypatch.context() as patch:
-            patch.setattr(module, 'magnitude_clamp',
-                          drop_call(module.magnitude_clamp, number, calls))
+            patch.setattr(module, name,
+                          drop_call(getattr(module, name), number, calls))
             errors = run_attention(golden, case, torch.float64)
-        assert len(calls) == (2 if module is attention_module else 5) or (
-            case == 'product')
+        assert len(calls) == total
         worst = max(worst, *errors.values())
     assert worst > 1e-4
 

@@ -124,6 +124,88 @@ def test_gradcheck(locality):
     assert torch.autograd.gradcheck(f, (q, k, v))
 
 
+@pytest.mark.parametrize('key_shape', [None, (3, 2)])
+@pytest.mark.parametrize('locality', LOCALITIES)
+def test_gradients_have_gradients(locality, key_shape):
+    q, k, v = make_inputs((4, 5), key_shape)
+    results = {}
+    for backend in ('reference', 'torch'):
+        out = attend(
+            q, k, v, (4, 5), key_shape=key_shape, locality=locality,
+            backend=backend)
+        # of q and v alone: k's is not asked for
+        grads = torch.autograd.grad(out.sin().sum(), (q, v), create_graph=True)
+        again = torch.autograd.grad(
+            sum(g.square().sum() for g in grads), (q, k, v))
+        results[backend] = (*grads, *again)
+    for ours, plain in zip(results['torch'], results['reference']):
+        assert plain.norm() > 0
+        assert relative_error(ours, plain) < 1e-9
+
+
+@pytest.mark.parametrize('wanted', ['q', 'k', 'v', 'qv'])
+def test_gradients_of_some_inputs(wanted):
+    inputs = dict(zip('qkv', (t.detach() for t in make_inputs((4, 5), None))))
+    for name in wanted:
+        inputs[name].requires_grad_()
+    for create_graph in (False, True):
+        grads = [
+            torch.autograd.grad(
+                attend(**inputs, spatial_shape=(4, 5),
+                       backend=backend).sin().sum(),
+                [inputs[name] for name in wanted],
+                create_graph=create_graph) for backend in ('torch',
+                                                           'reference')
+        ]
+        for ours, plain in zip(*grads):
+            assert relative_error(ours, plain) < 1e-10
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('locality', LOCALITIES)
+def test_keeps_its_inputs_and_small_sums(locality, dtype):
+    q, k, v = (
+        t.detach().to(dtype).requires_grad_()
+        for t in make_inputs((16, 16), None))
+    inputs = {t.data_ptr() for t in (q, k, v)}
+    kept = []
+
+    def pack(t):
+        if t.data_ptr() not in inputs:
+            kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = attend(q, k, v, (16, 16), locality=locality, backend='torch')
+    out.float().sum().backward()
+    # (B, heads, n, d, d + 1)
+    copies = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}[locality]
+    assert kept == [2 * 3 * copies * 5 * 6]
+    assert q.grad.dtype == k.grad.dtype == v.grad.dtype == dtype
+
+
+def test_backward_leaves_the_gradient_it_is_given():
+    q, k, v = make_inputs((4, 5), None)
+    out = attend(q, k, v, (4, 5), backend='torch')
+    cotangent = torch.randn_like(out)
+    before = cotangent.clone()
+    torch.autograd.grad(out, (q, k, v), cotangent)
+    assert torch.equal(cotangent, before)
+
+
+def test_backward_inside_autocast():
+    q, k, v = (
+        t.detach().float().requires_grad_()
+        for t in make_inputs((9, 12), None))
+    expected = torch.autograd.grad(
+        attend(q, k, v, (9, 12), backend='torch').sum(), (q, k, v))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = attend(q, k, v, (9, 12), backend='torch')
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    for grad, want in zip(grads, expected):
+        assert torch.equal(grad, want)
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16,
                                    torch.float16])
 @pytest.mark.parametrize('locality', LOCALITIES)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..angles import angle_tables
-from ..clamp import CLAMP_MAX, CLAMP_MIN
+from ..clamp import clamp_in_place, mask_clamp_grad
+from ..linear import clamp_sums, divide, divide_backward
 from .common import (GradSums, check_differentiated_once, cut,
                      layer_norm, layer_norm_grads, linear, sum_pixels,
                      to_images, wants_grad)
@@ -118,30 +119,6 @@ def _merge_heads(t: Tensor, out: Tensor) -> None:
     _split_heads(out, t.shape[1]).copy_(t)
 
 
-def _clamped(t: Tensor, clamp: bool) -> Tensor:
-    """The magnitude clamp in place."""
-    if not clamp:
-        return t
-    sign = t.sign()
-    return t.abs_().clamp_(CLAMP_MIN, CLAMP_MAX).mul_(sign)
-
-
-def _mask_grad(grad: Tensor, t: Tensor, clamp: bool) -> Tensor:
-    """Gradient through the clamp of ``t``, in place."""
-    if not clamp:
-        return grad
-    magnitude = t.abs()
-    return grad.mul_((magnitude >= CLAMP_MIN).logical_and_(
-        magnitude <= CLAMP_MAX))
-
-
-def _clamp_sums(sums: Tensor, clamp: bool) -> Tensor:
-    """Clamp all but the last column, which holds the sums of keys."""
-    sums = sums.clone()
-    _clamped(sums[..., :-1], clamp)
-    return sums
-
-
 def _keys_and_values(projected: Tensor, factors: Optional[Tensor],
                      num_heads: int) -> Tuple[Tensor, Tensor]:
     """Features of the keys ``(b, heads, p, n * d)`` and the values.
@@ -158,31 +135,6 @@ def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
     """Hidden layer ``(B, S)`` and gate ``(B, C)`` of the mean ``(B, C)``."""
     hidden = F.linear(mean, weights.squeeze_weight).relu_()
     return hidden, F.linear(hidden, weights.excite_weight).sigmoid_()
-
-
-def _attend(q: Tensor, factors: Optional[Tensor], sums: Tensor,
-            settings: AttentionSettings):
-    """Queries against the sums of keys and values.
-
-    Args:
-        q (Tensor): ``(b, heads, p, d)`` after the ReLU.
-        factors (Tensor, optional): ``(p, n)``.
-        sums (Tensor): ``(b, heads, n * d, d + 1)``, clamped.
-        settings (AttentionSettings): What to compute.
-
-    Returns:
-        tuple[Tensor]: Features of the queries, numerator before its clamp,
-        normaliser before its clamp.
-    """
-    features = _features(q, factors)
-    products = features @ sums  # (b, heads, p, d + 1)
-    normaliser = (products[..., -1:] + settings.eps).reciprocal_()
-    return features, products[..., :-1], normaliser
-
-
-def _clamp_normaliser(normaliser: Tensor, clamp: bool) -> Tensor:
-    # No weight is negative, so neither is their sum.
-    return normaliser.clamp(CLAMP_MIN, CLAMP_MAX) if clamp else normaliser
 
 
 def _forward(x: Tensor, weights: AttentionWeights,
@@ -212,7 +164,7 @@ def _forward(x: Tensor, weights: AttentionWeights,
             factors = _factors((height, width), rows, settings.locality, x)
             k, v = _keys_and_values(qkv, factors, heads)
             sums[images] += k.transpose(-2, -1) @ v
-    clamped_sums = _clamp_sums(sums, clamp)
+    clamped_sums = clamp_sums(sums, clamp)
     _, gate = _gate(token_sum / (height * width), weights)
 
     out = torch.empty_like(x)
@@ -223,18 +175,17 @@ def _forward(x: Tensor, weights: AttentionWeights,
             q = projected[images, rows, :, :reduced_dims]
             merged = torch.empty_like(q, memory_format=torch.contiguous_format)
             factors = _factors((height, width), rows, settings.locality, x)
-            _, numerator, normaliser = _attend(
-                _split_heads(q, heads).relu(), factors, clamped_sums[images],
-                settings)
-            normaliser = _clamp_normaliser(normaliser, clamp)
-            attended = _clamped(numerator, clamp).mul_(normaliser)
-            _merge_heads(_clamped(attended, clamp), merged)
+            features = _features(_split_heads(q, heads).relu(), factors)
+            products = features @ clamped_sums[images]  # (b, heads, p, d + 1)
+            _merge_heads(divide(products, clamp, settings.eps), merged)
             branch = linear(merged, weights.out_weight, weights.out_bias)
             if keep:
                 kept[images, rows] = branch
-            branch = _clamped(branch, clamp)
+            if clamp:
+                clamp_in_place(branch)
             branch = torch.addcmul(branch, branch, gate[images, None, None])
-            branch = _clamped(branch, clamp)
+            if clamp:
+                clamp_in_place(branch)
             if scale is not None:
                 branch.mul_(scale[images])
             torch.add(x[images, rows], branch, out=out[images, rows])
@@ -262,7 +213,7 @@ class _AttentionBranch(torch.autograd.Function):
         reduced_dims = weights.out_weight.shape[1]
         pieces = list(cut(batch, height, width, 2 * heads * sums.shape[2]))
         grad = grad.contiguous()
-        clamped_sums = _clamp_sums(sums, clamp)
+        clamped_sums = clamp_sums(sums, clamp)
         mean = token_sum / (height * width)
         hidden, gate = _gate(mean, weights)
         from_out = weights.out_weight.t().contiguous()  # (R, C)
@@ -279,40 +230,32 @@ class _AttentionBranch(torch.autograd.Function):
                 branch_grad = grad[images, rows].clone()
                 if scale is not None:
                     branch_grad.mul_(scale[images])
-                raw = kept[images, rows]
-                out = _clamped(raw.clone(), clamp)
+                raw = out = kept[images, rows]
                 if clamp:
-                    _mask_grad(branch_grad,
-                               torch.addcmul(out, out, image_gate), clamp)
+                    out = clamp_in_place(raw.clone())
+                    mask_clamp_grad(branch_grad,
+                                    torch.addcmul(out, out, image_gate))
                 grad_gate[images] += (branch_grad * out).sum(dim=(1, 2))
                 branch_grad.addcmul_(branch_grad, image_gate)
-                _mask_grad(branch_grad, raw, clamp)
+                if clamp:
+                    mask_clamp_grad(branch_grad, raw)
 
                 factors = _factors((height, width), rows, settings.locality, x)
                 q = _split_heads(projected[images, rows, :, :reduced_dims],
                                  heads).relu()
-                features, numerator, normaliser = _attend(
-                    q, factors, clamped_sums[images], settings)
-                top = _clamped(numerator.clone(), clamp)
-                factor = _clamp_normaliser(normaliser, clamp)
-                quotient = top * factor
+                features = _features(q, factors)
+                # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
+                divided_grad = _split_heads(
+                    linear(branch_grad, from_out), heads).contiguous()
+                # (b, heads, p, d + 1) and (b, heads, p, d)
+                products_grad, divided = divide_backward(
+                    divided_grad, features @ clamped_sums[images], clamp,
+                    settings.eps)
                 merged = raw.new_empty(*raw.shape[:3], reduced_dims)
-                _merge_heads(
-                    _clamped(quotient.clone(), clamp) if clamp else quotient,
-                    merged)
+                _merge_heads(divided, merged)
                 grads.add('out_bias', sum_pixels(branch_grad))
                 grads.add_product('out_weight', branch_grad, merged)
 
-                # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
-                quotient_grad = _mask_grad(
-                    _split_heads(linear(branch_grad, from_out),
-                                 heads).contiguous(), quotient, clamp)
-                factor_grad = (quotient_grad * top).sum(dim=-1, keepdim=True)
-                _mask_grad(factor_grad, normaliser, clamp)
-                products_grad = torch.cat([
-                    _mask_grad(quotient_grad.mul_(factor), numerator, clamp),
-                    factor_grad.mul_(normaliser.square()).neg_()
-                ], dim=-1)  # (b, heads, p, d + 1)
                 grad_sums[images] += features.transpose(-2, -1) @ products_grad
                 q_grad = _fold(
                     products_grad @ clamped_sums[images].transpose(-2, -1),
@@ -321,7 +264,8 @@ class _AttentionBranch(torch.autograd.Function):
                     q_grad.mul_(q > 0),
                     grad_projected[images, rows, :, :reduced_dims])
 
-        _mask_grad(grad_sums[..., :-1], sums[..., :-1], clamp)
+        if clamp:
+            mask_clamp_grad(grad_sums[..., :-1], sums[..., :-1])
         # Through the gate to the mean of the normalised tokens.
         gate_grad = grad_gate * gate * (1 - gate)
         grads.add('excite_weight', gate_grad.t() @ hidden)
