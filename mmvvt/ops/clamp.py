@@ -36,7 +36,7 @@ class _MagnitudeClamp(torch.autograd.Function):
         return grad * inside
 
 
-def magnitude_clamp(t: Tensor) -> Tensor:
+def magnitude_clamp(t: Tensor, inplace: bool = False) -> Tensor:
     """``sign(t) * clip(|t|, 1e-4, 1e4)``, and 0 where ``t`` is 0.
 
     Its gradient is 1 where ``1e-4 <= |t| <= 1e4`` and 0 elsewhere. The
@@ -45,6 +45,8 @@ def magnitude_clamp(t: Tensor) -> Tensor:
 
     Args:
         t (Tensor): Any shape, any floating-point type.
+        inplace (bool): Overwrite ``t`` where autograd does not record.
+            Defaults to False.
 
     Returns:
         Tensor: Shape and dtype of ``t``.
@@ -53,4 +55,4 @@ def magnitude_clamp(t: Tensor) -> Tensor:
         return t.sign() * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
     if torch.is_grad_enabled() and t.requires_grad:
         return _MagnitudeClamp.apply(t)
-    return clamp_in_place(t.clone())
+    return clamp_in_place(t if inplace else t.clone())

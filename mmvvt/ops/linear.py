@@ -136,8 +136,8 @@ def divide(products: Tensor, clamp: bool, eps: float) -> Tensor:
     normaliser = (products[..., -1:] + eps).reciprocal()
     if not clamp:
         return numerator * normaliser
-    return magnitude_clamp(
-        magnitude_clamp(numerator) * magnitude_clamp(normaliser))
+    out = magnitude_clamp(numerator) * magnitude_clamp(normaliser)
+    return magnitude_clamp(out, inplace=True)
 
 
 def divide_backward(grad: Tensor, products: Tensor, clamp: bool,

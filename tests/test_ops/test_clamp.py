@@ -37,3 +37,12 @@ def test_does_not_change_its_input():
     t = torch.tensor([1e-5, 3e4])
     magnitude_clamp(t)
     assert torch.equal(t, torch.tensor([1e-5, 3e4]))
+
+
+def test_inplace_only_where_autograd_does_not_record():
+    t = torch.tensor([1e-5, 3e4])
+    assert magnitude_clamp(t, inplace=True) is t
+    assert torch.equal(t, torch.tensor([1e-4, 1e4]))
+    t = torch.tensor([1e-5, 3e4], requires_grad=True)
+    magnitude_clamp(t, inplace=True)
+    assert torch.equal(t, torch.tensor([1e-5, 3e4]))
