@@ -16,7 +16,8 @@ from torch import Tensor
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
 from mmvvt.ops import check_backend, dwconv_gelu
 from mmvvt.ops.strips import (AttentionSettings, AttentionWeights, MLPWeights,
-                              attention_branch, mlp_branch, runs_in_strips)
+                              attention_branch, keep_freed_memory, mlp_branch,
+                              runs_in_strips)
 from .attention import VicinityAttention
 
 MIN_SIZE = 32
@@ -334,6 +335,9 @@ class VVT(BaseModule):
             self.add_module(f'block{i + 1}', blocks)
             self.add_module(f'norm{i + 1}', nn.LayerNorm(dims, eps=1e-6))
         self._freeze_stages()
+        # On a CPU each step allocates the same tensors anew, and what comes
+        # before and after this backbone does so, too.
+        keep_freed_memory()
 
     @staticmethod
     def _check_out_indices(

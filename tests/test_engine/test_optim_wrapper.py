@@ -51,8 +51,9 @@ def test_no_weight_decay_on_biases_and_norms(name):
     model = build_model(cfg.model)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decay = {
-        id(group['params'][0]): group['weight_decay']
+        id(parameter): group['weight_decay']
         for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
     }
     kinds = set()
     for key, parameter in model.named_parameters():

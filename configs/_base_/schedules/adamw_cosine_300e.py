@@ -10,6 +10,7 @@ optim_wrapper = dict(
         betas=(0.9, 0.999),
         eps=1e-8,
         weight_decay=0.05),
+    constructor='MergedOptimWrapperConstructor',
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))
 
 param_scheduler = [

@@ -6,6 +6,7 @@ optim_wrapper = dict(
     loss_scale='dynamic',
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4),
     clip_grad=dict(max_norm=0.1, norm_type=2),
+    constructor='MergedOptimWrapperConstructor',
     paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
 param_scheduler = [
     dict(
