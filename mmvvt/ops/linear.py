@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .angles import angle_tables
-from .clamp import (CLAMP_MAX, CLAMP_MIN, clamp_in_place, magnitude_clamp,
-                    mask_clamp_grad)
+from .clamp import CLAMP_MAX, CLAMP_MIN, magnitude_clamp, mask_clamp_grad
 
 Shape = Tuple[int, int]
 
@@ -125,7 +124,8 @@ def divide(products: Tensor, clamp: bool, eps: float) -> Tensor:
 
     Args:
         products (Tensor): ``(..., d + 1)``: the numerator, and in the last
-            column the sum of weights.
+            column the sum of weights. Overwritten where autograd does not
+            record.
         clamp (bool): Clamp the numerator, the normaliser and the result.
         eps (float): Added to the sum of weights.
 
@@ -136,13 +136,15 @@ def divide(products: Tensor, clamp: bool, eps: float) -> Tensor:
     normaliser = (products[..., -1:] + eps).reciprocal()
     if not clamp:
         return numerator * normaliser
-    out = magnitude_clamp(numerator) * magnitude_clamp(normaliser)
+    out = (
+        magnitude_clamp(numerator, inplace=True) *
+        magnitude_clamp(normaliser, inplace=True))
     return magnitude_clamp(out, inplace=True)
 
 
 def divide_backward(grad: Tensor, products: Tensor, clamp: bool,
                     eps: float) -> Tuple[Tensor, Tensor]:
-    """Gradient of the products of :func:`divide`, and its result once more.
+    """Gradient of the products of :func:`divide`, and its result again.
 
     Args:
         grad (Tensor): ``(..., d)``, overwritten.
@@ -151,7 +153,8 @@ def divide_backward(grad: Tensor, products: Tensor, clamp: bool,
         eps (float): As there.
 
     Returns:
-        tuple[Tensor, Tensor]: ``(..., d + 1)`` and ``(..., d)``.
+        tuple[Tensor, Tensor]: ``(..., d + 1)``, and ``(..., d)`` before the
+        last clamp.
     """
     numerator = products[..., :-1]
     normaliser = (products[..., -1:] + eps).reciprocal()
@@ -168,7 +171,6 @@ def divide_backward(grad: Tensor, products: Tensor, clamp: bool,
         factor_grad = mask_clamp_grad(
             (grad * top).sum(dim=-1, keepdim=True), normaliser)
         mask_clamp_grad(grad.mul_(factor), numerator)
-        clamp_in_place(out)
     normaliser_grad = factor_grad.mul_(normaliser.square()).neg_()
     return torch.cat([grad, normaliser_grad], dim=-1), out
 

@@ -251,6 +251,8 @@ class _AttentionBranch(torch.autograd.Function):
                 products_grad, divided = divide_backward(
                     divided_grad, features @ clamped_sums[images], clamp,
                     settings.eps)
+                if clamp:
+                    clamp_in_place(divided)
                 merged = raw.new_empty(*raw.shape[:3], reduced_dims)
                 _merge_heads(divided, merged)
                 grads.add('out_bias', sum_pixels(branch_grad))
