@@ -42,7 +42,9 @@ val_evaluator = dict(type='Accuracy', topk=1)
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    # fused: one operation updates all parameters
+    optimizer=dict(
+        type='AdamW', lr=2e-3, weight_decay=0.05, fused=True),
     constructor='MergedOptimWrapperConstructor',
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
     clip_grad=dict(max_norm=1.0))

@@ -35,8 +35,8 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4)))
 
-iterations = 2000
-optim_wrapper = dict(optimizer=dict(lr=3e-3))
+iterations = 1800
+optim_wrapper = dict(optimizer=dict(lr=5e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=50),
     dict(

@@ -285,7 +285,8 @@ def _write_split(root: str, split: str, count: int, seed: int) -> None:
             os.path.join(root, f'instances_{FOLDERS[split]}.json'),
             'w',
             encoding='utf-8') as file:
-        json.dump(coco, file)
+        # json.dump would not use the encoder in C
+        file.write(json.dumps(coco))
 
 
 def write_digit_scenes(data_root: str,
