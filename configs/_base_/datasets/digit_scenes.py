@@ -6,7 +6,7 @@ train_pipeline = [
     # a quarter of the time that the default, Pillow, takes
     dict(type='LoadAnnotations', imdecode_backend='cv2'),
     dict(type='CheckLabels', num_classes=11),
-    dict(type='Resize', scale=(96, 96)),
+    dict(type='Resize', scale=(96, 96), keep_ratio=True),
     # Most photographs are dark, and so the ink is light: sometimes the other
     # way round.
     dict(type='mmpretrain.Invert', prob=0.2),
@@ -16,7 +16,7 @@ train_pipeline = [
 # Labels after the resizing: they are compared with at full size.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(96, 96)),
+    dict(type='Resize', scale=(96, 96), keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='CheckLabels', num_classes=11),
     dict(type='PackSegInputs'),
