@@ -233,7 +233,7 @@ def test_segmentation(folder, photograph, tmp_path, monkeypatch, capsys):
         out) == 'error: 1 of 2 images had to be skipped'
     assert capsys.readouterr().err.strip() == (
         f'skipped {small}: the image must be 32 x 32 pixels or more, got '
-        '31 x 120')
+        '25 x 96')  # 31 x 120 after the config's Resize
 
 
 @pytest.fixture
