@@ -397,3 +397,9 @@ def test_attention_checks_its_grid():
     with pytest.raises(ValueError, match=r'spatial_shape \(2, 2\) has 4 '
                        'tokens, but x has 6'):
         VicinityAttention(8, 2)(torch.zeros(1, 6, 8), (2, 2))
+
+
+def test_construction_has_the_c_library_keep_freed_memory():
+    common.keep_freed_memory.cache_clear()
+    nano()
+    assert common.keep_freed_memory.cache_info().currsize == 1
