@@ -145,20 +145,20 @@ def _draw(scan: np.ndarray, rng: Generator) -> np.ndarray:
     return coverage[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
 
-def _choose_ink(behind: np.ndarray,
+def _choose_ink(brightness: np.ndarray,
                 tint: np.ndarray) -> Tuple[np.ndarray, float]:
     """A light or dark ink and its contrast to most pixels behind.
 
     Args:
-        behind (np.ndarray): Colours of the pixels to be inked, ``(n, 3)``.
+        brightness (np.ndarray): Of the pixels to be inked, ``(n,)``.
         tint (np.ndarray): RGB, what the ink lacks of white or has beside
             black.
 
     Returns:
         tuple[np.ndarray, float]: RGB, and the difference in brightness.
     """
-    brightness = np.sort(behind @ np.full(3, 1 / 3, np.float32))
     # np.percentile takes ten times as long
+    brightness = np.sort(brightness)
     low, median, high = (
         brightness[int(part * len(brightness))] for part in (0.1, 0.5, 0.9))
     if median < 128:
@@ -188,7 +188,9 @@ def compose_scene(photographs: Dict[str, np.ndarray], scans: np.ndarray,
     name = sorted(photographs)[rng.integers(len(photographs))]
     image = _crop(photographs[name], rng).astype(np.float32)
     instances: List[Instance] = []
-    whole: List[int] = []  # pixels of each digit before any covers it
+    # of each digit: pixels before any covers it, and those visible now
+    whole: List[int] = []
+    visible: List[int] = []
     wanted = rng.integers(DIGITS_PER_SCENE[0], DIGITS_PER_SCENE[1] + 1)
     for number in rng.choice(members, wanted, replace=False):
         coverage = _draw(scans[number], rng)
@@ -196,25 +198,32 @@ def compose_scene(photographs: Dict[str, np.ndarray], scans: np.ndarray,
         height, width = coverage.shape
         tint = rng.uniform(0, 90, size=3)
         tint -= tint.min()
+        # (SIZE, SIZE, 3) -> (SIZE, SIZE)
+        brightness = image @ np.full(3, 1 / 3, np.float32)
         for _ in range(PLACEMENTS):
             top = rng.integers(SIZE - height + 1)
             left = rng.integers(SIZE - width + 1)
             place = np.s_[top:top + height, left:left + width]
-            if any((other.mask.sum() - (other.mask[place] & inked).sum()
-                    ) < MIN_VISIBLE * pixels
-                   for other, pixels in zip(instances, whole)):
+            covered = [
+                np.count_nonzero(other.mask[place] & inked)
+                for other in instances
+            ]
+            if any(before - lost < MIN_VISIBLE * pixels
+                   for before, lost, pixels in zip(visible, covered, whole)):
                 continue
-            ink, contrast = _choose_ink(image[place][inked], tint)
+            ink, contrast = _choose_ink(brightness[place][inked], tint)
             if contrast >= MIN_CONTRAST:
                 break
         else:
             continue
-        for other in instances:
+        for index, other in enumerate(instances):
             other.mask[place] &= ~inked
+            visible[index] -= covered[index]
         mask = np.zeros((SIZE, SIZE), bool)
         mask[place] = inked
         instances.append(Instance(int(labels[number]), int(number), mask))
-        whole.append(int(inked.sum()))
+        whole.append(np.count_nonzero(inked))
+        visible.append(whole[-1])
         # (h, w) -> (h, w, 1), over the colours
         image[place] += coverage[..., None] * (ink - image[place])
     return Scene(np.rint(image).astype(np.uint8), name, instances)
