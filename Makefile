@@ -37,7 +37,7 @@ $(DIGITS)/epoch_30.pth:
 demo-seg: install
 	$(MAKE) $(DIGITS)/epoch_30.pth
 	$(PY) tools/train.py $(SCENES_CONFIG) --work-dir $(SCENES)
-	$(PY) tools/test.py $(SCENES_CONFIG) $(SCENES)/iter_1800.pth \
+	$(PY) tools/test.py $(SCENES_CONFIG) $(SCENES)/iter_2400.pth \
 	    --work-dir $(SCENES) --out $(SCENES)/test.pkl
 	$(PY) tools/analysis_tools/report_segmentation.py $(SCENES_CONFIG) \
 	    $(SCENES)/test.pkl $(SCENES)/predictions.png

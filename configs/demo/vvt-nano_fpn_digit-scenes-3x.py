@@ -1,7 +1,7 @@
 # The demo with three times the iterations.
 _base_ = './vvt-nano_fpn_digit-scenes.py'
 
-iterations = 5400
+iterations = 7200
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=50),
     dict(

@@ -16,10 +16,12 @@ model = dict(
             prefix='backbone.')),
     # Seven pixels in eight are background, which drowns the digits in the
     # cross entropy. The Dice loss leaves it out.
-    decode_head=dict(loss_decode=[
-        dict(type='CrossEntropyLoss'),
-        dict(type='DiceLoss', use_sigmoid=False, ignore_index=10),
-    ]),
+    decode_head=dict(
+        dropout_ratio=0.,
+        loss_decode=[
+            dict(type='CrossEntropyLoss'),
+            dict(type='DiceLoss', use_sigmoid=False, ignore_index=10),
+        ]),
     # Which digit it is shows at coarser levels, too: a loss at stride 8
     # teaches it in fewer iterations. Predictions do without this head.
     auxiliary_head=dict(
@@ -35,7 +37,7 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4)))
 
-iterations = 1800
+iterations = 2400
 optim_wrapper = dict(optimizer=dict(lr=5e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=50),
