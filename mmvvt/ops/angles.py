@@ -2,13 +2,14 @@
 
 import math
 from collections import OrderedDict
-from typing import Tuple
+from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
 
-# A table is (h + w) * 2 numbers, or h * w * 2 for '1d'; multi-scale training
-# meets a few hundred grids, a server with free input sizes any number.
+# A table is (h + w) * 2 numbers, or h * w * n, which large grids of the sum
+# form do without; multi-scale training meets a few hundred grids, a server
+# with free input sizes any number.
 MAX_CACHED_TABLES = 256
 
 _cache: 'OrderedDict[tuple, Tuple[Tensor, ...]]' = OrderedDict()
@@ -32,56 +33,103 @@ def axis_angles(length: int, dtype: torch.dtype, device) -> Tensor:
     return (math.pi / 2 * index / length).to(dtype)
 
 
-def build_angle_tables(spatial_shape: Tuple[int, int], sequence: bool,
-                       dtype: torch.dtype, device) -> Tuple[Tensor, ...]:
-    """Build what :func:`angle_tables` caches.
+def build_axis_factors(spatial_shape: Tuple[int, int], dtype: torch.dtype,
+                       device) -> Tuple[Tensor, Tensor]:
+    """Build what :func:`axis_factors` caches.
 
     Args:
         spatial_shape (tuple[int, int]): Grid ``(h, w)``.
-        sequence (bool): True for one angle along the flattened sequence,
-            False for one along the rows and one along the columns.
         dtype (torch.dtype): Type of the tables.
         device (torch.device): Where to build them.
 
     Returns:
-        tuple[Tensor]: ``(cos c, sin c)``, each ``(h * w, 1)``, for a
-        sequence; else ``(cos a, sin a, cos b, sin b)``, the first two
-        ``(h, 1, 1)``, the last two ``(1, w, 1)``: they broadcast over
-        ``(h, w, d)``.
+        tuple[Tensor, Tensor]: Cosine and sine of each row's angle, ``(2, h)``,
+        and of each column's, ``(2, w)``.
     """
+    rows, cols = (axis_angles(n, dtype, device) for n in spatial_shape)
+    return (torch.stack([rows.cos(), rows.sin()]),
+            torch.stack([cols.cos(), cols.sin()]))
+
+
+def build_token_factors(spatial_shape: Tuple[int, int], locality: str,
+                        dtype: torch.dtype, device) -> Tuple[Tensor]:
+    """Build what :func:`token_factors` caches, in a tuple."""
     h, w = spatial_shape
-    if sequence:
-        angle = axis_angles(h * w, dtype, device)[:, None]  # (N, 1)
-        return angle.cos(), angle.sin()
-    rows = axis_angles(h, dtype, device)[:, None, None]  # (h, 1, 1)
-    cols = axis_angles(w, dtype, device)[None, :, None]  # (1, w, 1)
-    return rows.cos(), rows.sin(), cols.cos(), cols.sin()
+    if locality == '1d':
+        angles = axis_angles(h * w, dtype, device)
+        return torch.stack([angles.cos(), angles.sin()], dim=1),
+    return combine_factors(
+        *build_axis_factors(spatial_shape, dtype, device), locality),
 
 
-def angle_tables(spatial_shape: Tuple[int, int], sequence: bool,
-                 dtype: torch.dtype, device) -> Tuple[Tensor, ...]:
-    """Vicinity tables of a grid, from a cache.
+def combine_factors(rows: Tensor, cols: Tensor, locality: str) -> Tensor:
+    """Factors of tokens from those of their rows and columns.
 
-    Arguments and result are those of :func:`build_angle_tables`. The cache
-    keeps the :data:`MAX_CACHED_TABLES` grids used last.
+    Args:
+        rows (Tensor): ``(2, h)``.
+        cols (Tensor): ``(2, w)``.
+        locality (str): 'sum' or 'product'.
+
+    Returns:
+        Tensor: ``(h * w, 4)``.
+    """
+    grid = (2, rows.shape[1], cols.shape[1])
+    rows, cols = rows[:, :, None].expand(grid), cols[:, None].expand(grid)
+    if locality == 'sum':
+        factors = torch.cat([rows, cols])  # (4, h, w)
+    else:
+        # (2, 1, h, w) * (2, h, w) -> (2, 2, h, w) -> (4, h, w)
+        factors = (rows[:, None] * cols).flatten(0, 1)
+    return factors.flatten(1).t().contiguous()  # (h * w, 4)
+
+
+def _from_cache(build: Callable[..., Tuple[Tensor, ...]],
+                *key) -> Tuple[Tensor, ...]:
+    """``build(*key)``, or what it gave before.
+
+    The cache keeps the :data:`MAX_CACHED_TABLES` tables used last.
     """
     if torch.compiler.is_compiling():
         # The compiler folds the table into its kernel; a cache seen while
         # tracing would only tie the graph to one grid.
-        return build_angle_tables(spatial_shape, sequence, dtype, device)
-    key = (*spatial_shape, sequence, dtype, device)
-    tables = _cache.get(key)
+        return build(*key)
+    tables = _cache.get((build, *key))
     if tables is None:
         # A table made under inference mode could not be saved for a later
         # backward pass.
         with torch.inference_mode(False):
-            tables = build_angle_tables(spatial_shape, sequence, dtype,
-                                        device)
+            tables = build(*key)
         if type(tables[0]) is not Tensor:
             return tables  # traced with fake tensors: good for this call only
-        _cache[key] = tables
+        _cache[(build, *key)] = tables
         if len(_cache) > MAX_CACHED_TABLES:
             _cache.popitem(last=False)
     else:
-        _cache.move_to_end(key)
+        _cache.move_to_end((build, *key))
     return tables
+
+
+def axis_factors(spatial_shape: Tuple[int, int], dtype: torch.dtype,
+                 device) -> Tuple[Tensor, Tensor]:
+    """What each row and each column of a grid is weighed by, from a cache.
+
+    Arguments and result are those of :func:`build_axis_factors`.
+    """
+    return _from_cache(build_axis_factors, tuple(spatial_shape), dtype, device)
+
+
+def token_factors(spatial_shape: Tuple[int, int], locality: str,
+                  dtype: torch.dtype, device) -> Tensor:
+    """What the copies of each token's features are weighed by, from a cache.
+
+    Args:
+        spatial_shape (tuple[int, int]): Grid ``(h, w)``.
+        locality (str): 'sum', 'product' or '1d'.
+        dtype (torch.dtype): Type of the table.
+        device (torch.device): Where to build it.
+
+    Returns:
+        Tensor: ``(h * w, n)``; n is 4, for '1d' 2.
+    """
+    return _from_cache(build_token_factors, tuple(spatial_shape), locality,
+                       dtype, device)[0]

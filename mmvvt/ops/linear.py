@@ -10,36 +10,41 @@ The backward pass keeps q, k, v and the sums, and computes the rest again: at
 high resolution fetching it would take as long, and its memory is wanted.
 """
 
-from functools import reduce
 from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .angles import angle_tables
+from .angles import axis_factors, token_factors
 from .clamp import CLAMP_MAX, CLAMP_MIN, magnitude_clamp, mask_clamp_grad
 
 Shape = Tuple[int, int]
 
-
-def _axis_factors(shape: Shape, like: Tensor) -> Tuple[Tensor, Tensor]:
-    """Cosine and sine of each row, ``(2, h)``, and of each column."""
-    tables = angle_tables(shape, False, like.dtype, like.device)
-    cos_a, sin_a, cos_b, sin_b = (t.flatten() for t in tables)
-    return torch.stack([cos_a, sin_a]), torch.stack([cos_b, sin_b])
+# Tokens up to which the sum form takes one wide product, too: measured, see
+# docs/speed.md.
+WIDE_TOKENS = 144
 
 
-def _token_factors(shape: Shape, locality: str,
-                   like: Tensor) -> Tuple[Tensor, ...]:
-    """The factors of each token, n of ``(h * w, 1)``."""
-    if locality == '1d':
-        return angle_tables(shape, True, like.dtype, like.device)
-    cos_a, sin_a, cos_b, sin_b = angle_tables(shape, False, like.dtype,
-                                              like.device)
-    # (h, 1, 1) * (1, w, 1) -> (h, w, 1) -> (h * w, 1)
-    return tuple((t * s).flatten(0, 1) for t in (cos_a, sin_a)
-                 for s in (cos_b, sin_b))
+def _is_separable(shape: Shape, locality: str) -> bool:
+    """Whether to sum by rows and columns.
+
+    On a small grid the products take less time than starting them does, and
+    one wide product is the shorter way. Compilers would tie their graph to
+    the grid by looking at its size.
+    """
+    return locality == 'sum' and (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+        or shape[0] * shape[1] > WIDE_TOKENS)
+
+
+def _features(t: Tensor, shape: Shape, locality: str) -> Tensor:
+    """``(B, heads, N, d)`` to ``(B, heads, N, n * d)``."""
+    if locality == 'none':
+        return t
+    factors = token_factors(shape, locality, t.dtype, t.device)  # (N, n)
+    # (B, heads, N, 1, d) * (N, n, 1) -> (B, heads, N, n, d)
+    return (t.unsqueeze(-2) * factors.unsqueeze(-1)).flatten(-2)
 
 
 def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
@@ -48,7 +53,8 @@ def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
     The factors of the sum form are cosine and sine of the row's angle, and
     of the column's. So the products are summed over each row and over each
     column (two products instead of four), and the ``h + w`` small matrices
-    then combined.
+    then combined. Other forms, and small grids, take one product of keys that
+    are n times as wide.
 
     Args:
         k (Tensor): ``(B, heads, h * w, d)``.
@@ -60,13 +66,11 @@ def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
         Tensor: ``(B, heads, n, d, e)``; n is 4 for 'sum' and 'product', 2 for
         '1d', 1 for 'none'.
     """
-    if locality == 'none':
-        return (k.transpose(-2, -1) @ v).unsqueeze(-3)
-    if locality != 'sum':
-        return torch.stack([(k * factor).transpose(-2, -1) @ v
-                            for factor in _token_factors(shape, locality, k)],
-                           dim=-3)
-    to_rows, to_cols = _axis_factors(shape, k)
+    if not _is_separable(shape, locality):
+        # (B, heads, n * d, e) -> (B, heads, n, d, e)
+        sums = _features(k, shape, locality).transpose(-2, -1) @ v
+        return sums.unflatten(-2, (-1, k.shape[-1]))
+    to_rows, to_cols = axis_factors(shape, k.dtype, k.device)
     k = k.unflatten(-2, shape)  # (B, heads, h, w, d)
     v = v.unflatten(-2, shape)  # (B, heads, h, w, e)
     per_row = k.transpose(-2, -1) @ v  # (B, heads, h, d, e)
@@ -83,7 +87,8 @@ def spread_sums(q: Tensor, sums: Tensor, shape: Shape,
                 locality: str) -> Tensor:
     """``sum_n factor_pn * q_p sums_n`` for each token p.
 
-    In the sum form each row has a matrix, and each column.
+    In the sum form each row has a matrix, and each column; other forms, and
+    small grids, as there.
 
     Args:
         q (Tensor): ``(B, heads, h * w, d)``.
@@ -94,12 +99,9 @@ def spread_sums(q: Tensor, sums: Tensor, shape: Shape,
     Returns:
         Tensor: ``(B, heads, h * w, e)``.
     """
-    if locality == 'none':
-        return q @ sums.squeeze(-3)
-    if locality != 'sum':
-        return reduce(torch.add, ((q * factor) @ part for factor, part in zip(
-            _token_factors(shape, locality, q), sums.unbind(-3))))
-    to_rows, to_cols = _axis_factors(shape, q)
+    if not _is_separable(shape, locality):
+        return _features(q, shape, locality) @ sums.flatten(-3, -2)
+    to_rows, to_cols = axis_factors(shape, q.dtype, q.device)
     # (B, heads, 4, d, e) -> twice (B, heads, 2, d * e)
     row_sums, col_sums = sums.flatten(-2).chunk(2, dim=-2)
     matrix = sums.shape[-2:]

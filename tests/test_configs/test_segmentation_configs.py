@@ -223,3 +223,31 @@ def test_one_step_on_the_true_layout(path, data, tmp_path):
         assert decay[id(projection.weight)] == 0.01
     else:
         assert set(decay.values()) == {1e-4}
+
+
+@pytest.mark.parametrize('shape', [(128, 128), (64, 128)], ids=str)
+def test_scenes_labels_are_those_in_the_middle(shape, tmp_path):
+    """OpenCV's nearest pixel is to the upper left: strokes were shifted."""
+    from mmengine.dataset import Compose
+    labels = np.random.default_rng(0).integers(0, 11, shape, np.uint8)
+    files = [str(tmp_path / name) for name in ('image.png', 'labels.png')]
+    for file in files:
+        cv2.imwrite(file, labels)
+    pipeline = Config.fromfile(DEMOS[0]).train_dataloader.dataset.pipeline
+    packed = Compose(pipeline)(
+        dict(
+            img_path=files[0],
+            seg_map_path=files[1],
+            label_map=None,
+            reduce_zero_label=False,
+            seg_fields=[]))
+    # 24 labels of 128: the middle of every third one is between two pixels.
+    rows, cols = (
+        np.delete(np.arange(n * 24 // 128), np.s_[1::3]) for n in shape)
+    expected = labels[np.ix_(*(((i + 0.5) * 128 / 24).astype(int)
+                               for i in (rows, cols)))]
+    sample = packed['data_samples']
+    found = sample.gt_sem_seg.data[0].numpy()
+    assert found.shape == tuple(n * 24 // 128 for n in shape)
+    assert np.array_equal(found[np.ix_(rows, cols)], expected)
+    assert packed['inputs'].shape == (3, *(n * 96 // 128 for n in shape))

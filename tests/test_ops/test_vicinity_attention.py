@@ -27,6 +27,14 @@ def oracle(q, k, v, query_shape, key_shape, locality):
                                          or query_shape, locality, 1e-4)
 
 
+@pytest.fixture(params=['rows and columns', 'one wide product'])
+def both_forms(request, monkeypatch):
+    """The sum form as on a large grid, and as on a small one."""
+    if request.param == 'rows and columns':
+        monkeypatch.setattr(linear, 'WIDE_TOKENS', 0)
+
+
+@pytest.mark.usefixtures('both_forms')
 @pytest.mark.parametrize('locality', LOCALITIES)
 @pytest.mark.parametrize('query_shape,key_shape', GRIDS)
 def test_linear_equals_quadratic(query_shape, key_shape, locality):
@@ -77,6 +85,7 @@ def test_oracle_by_hand(locality):
         atol=1e-7)
 
 
+@pytest.mark.usefixtures('both_forms')
 @pytest.mark.parametrize('locality', LOCALITIES)
 @pytest.mark.parametrize('scale', [0.1, 1., 1e2])
 def test_clamped_forms_agree(locality, scale):
@@ -94,6 +103,7 @@ def test_clamped_forms_agree(locality, scale):
         assert relative_error(ours, plain) < 1e-9, name
 
 
+@pytest.mark.usefixtures('both_forms')
 def test_normaliser_has_a_gradient():
     """Values that are all the same leave the normaliser's gradient alone."""
     q, k, _ = make_inputs((4, 6), None)
@@ -108,6 +118,7 @@ def test_normaliser_has_a_gradient():
         assert relative_error(grad, want) < 1e-10
 
 
+@pytest.mark.usefixtures('both_forms')
 @pytest.mark.parametrize('locality', LOCALITIES)
 def test_gradcheck(locality):
     q, k, v = make_inputs((2, 3), None, heads=1, d=2, batch=1)
@@ -124,6 +135,7 @@ def test_gradcheck(locality):
     assert torch.autograd.gradcheck(f, (q, k, v))
 
 
+@pytest.mark.usefixtures('both_forms')
 @pytest.mark.parametrize('key_shape', [None, (3, 2)])
 @pytest.mark.parametrize('locality', LOCALITIES)
 def test_gradients_have_gradients(locality, key_shape):
@@ -242,31 +254,38 @@ def test_autocast_does_not_reach_the_sums(dtype):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.usefixtures('both_forms')
 def test_tables_are_built_once(monkeypatch):
     built = []
-    build = angles.build_angle_tables
+    for name in ('build_axis_factors', 'build_token_factors'):
+        build = getattr(angles, name)
+        monkeypatch.setattr(
+            angles, name,
+            lambda *a, build=build: built.append(a) or build(*a))
     monkeypatch.setattr(angles, '_cache', type(angles._cache)())
-    monkeypatch.setattr(angles, 'build_angle_tables',
-                        lambda *a: built.append(a) or build(*a))
     q, k, v = make_inputs((4, 5), None)
+    attend(q, k, v, (4, 5), backend='torch')
+    of_a_call = len(built)
+    assert of_a_call > 0
     for _ in range(3):
-        attend(q, k, v, (4, 5), backend='torch')
-    assert len(built) == 1
+        attend(q, k, v, (4, 5), backend='torch').sum().backward()
+    assert len(built) == of_a_call
     attend(q.float(), k.float(), v.float(), (4, 5), backend='torch')
-    assert len(built) == 2  # another dtype
+    assert len(built) == 2 * of_a_call  # another dtype
     q, k, v = make_inputs((5, 4), None)
     attend(q, k, v, (5, 4), backend='torch')
-    assert len(built) == 3  # another grid
+    assert len(built) == 3 * of_a_call  # another grid
 
 
 def test_table_cache_is_bounded(monkeypatch):
     monkeypatch.setattr(angles, '_cache', type(angles._cache)())
     monkeypatch.setattr(angles, 'MAX_CACHED_TABLES', 4)
     for h in range(1, 10):
-        angles.angle_tables((h, 1), False, torch.float32, torch.device('cpu'))
-    assert [key[0] for key in angles._cache] == [6, 7, 8, 9]
+        angles.axis_factors((h, 1), torch.float32, torch.device('cpu'))
+    assert [key[1] for key in angles._cache] == [(h, 1) for h in range(6, 10)]
 
 
+@pytest.mark.usefixtures('both_forms')
 def test_tables_made_in_inference_mode_serve_training(monkeypatch):
     monkeypatch.setattr(angles, '_cache', type(angles._cache)())
     q, k, v = make_inputs((3, 5), None)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..angles import angle_tables
+from ..angles import axis_factors, combine_factors, token_factors
 from ..clamp import clamp_in_place, mask_clamp_grad
 from ..linear import clamp_sums, divide, divide_backward
 from .common import (GradSums, check_differentiated_once, cut,
@@ -75,20 +75,12 @@ def _factors(shape: Tuple[int, int], rows: slice, locality: str,
     """
     if locality == 'none':
         return None
-    width = shape[1]
-    tables = angle_tables(shape, locality == '1d', like.dtype, like.device)
     if locality == '1d':
-        first, stop = rows.start * width, rows.stop * width
-        return torch.cat([t[first:stop] for t in tables], dim=1)
-    cos_a, sin_a = (t[rows] for t in tables[:2])  # (m, 1, 1)
-    cos_b, sin_b = tables[2:]  # (1, w, 1)
-    if locality == 'sum':
-        grid = (rows.stop - rows.start, width, 1)
-        parts = [t.expand(grid) for t in (cos_a, sin_a, cos_b, sin_b)]
-    else:
-        parts = [t * s for t in (cos_a, sin_a) for s in (cos_b, sin_b)]
-    # n of (m, w, 1) -> (m, w, n) -> (m * w, n)
-    return torch.cat(parts, dim=-1).flatten(0, 1)
+        factors = token_factors(shape, locality, like.dtype, like.device)
+        return factors[rows.start * shape[1]:rows.stop * shape[1]]
+    # Of these rows only: a table of the whole grid would not stay in cache.
+    of_rows, of_cols = axis_factors(shape, like.dtype, like.device)
+    return combine_factors(of_rows[:, rows], of_cols, locality)
 
 
 def _features(t: Tensor, factors: Optional[Tensor]) -> Tensor:
