@@ -226,28 +226,29 @@ def test_one_step_on_the_true_layout(path, data, tmp_path):
 
 
 @pytest.mark.parametrize('shape', [(128, 128), (64, 128)], ids=str)
-def test_scenes_labels_are_those_in_the_middle(shape, tmp_path):
+@pytest.mark.parametrize('name,size', [('vvt-nano_fpn_digit-scenes', 24),
+                                       ('vvt-nano_fpn_digit-scenes-3x', 48)])
+def test_scenes_labels_are_those_in_the_middle(name, size, shape, tmp_path):
     """OpenCV's nearest pixel is to the upper left: strokes were shifted."""
     from mmengine.dataset import Compose
     labels = np.random.default_rng(0).integers(0, 11, shape, np.uint8)
-    files = [str(tmp_path / name) for name in ('image.png', 'labels.png')]
+    files = [str(tmp_path / file) for file in ('image.png', 'labels.png')]
     for file in files:
         cv2.imwrite(file, labels)
-    pipeline = Config.fromfile(DEMOS[0]).train_dataloader.dataset.pipeline
-    packed = Compose(pipeline)(
+    cfg = Config.fromfile(ROOT / 'configs' / 'demo' / f'{name}.py')
+    packed = Compose(cfg.train_dataloader.dataset.pipeline)(
         dict(
             img_path=files[0],
             seg_map_path=files[1],
             label_map=None,
             reduce_zero_label=False,
             seg_fields=[]))
-    # 24 labels of 128: the middle of every third one is between two pixels.
+    # The middle of every third label is between two pixels.
     rows, cols = (
-        np.delete(np.arange(n * 24 // 128), np.s_[1::3]) for n in shape)
-    expected = labels[np.ix_(*(((i + 0.5) * 128 / 24).astype(int)
+        np.delete(np.arange(n * size // 128), np.s_[1::3]) for n in shape)
+    expected = labels[np.ix_(*(((i + 0.5) * 128 / size).astype(int)
                                for i in (rows, cols)))]
-    sample = packed['data_samples']
-    found = sample.gt_sem_seg.data[0].numpy()
-    assert found.shape == tuple(n * 24 // 128 for n in shape)
+    found = packed['data_samples'].gt_sem_seg.data[0].numpy()
+    assert found.shape == tuple(n * size // 128 for n in shape)
     assert np.array_equal(found[np.ix_(rows, cols)], expected)
     assert packed['inputs'].shape == (3, *(n * 96 // 128 for n in shape))
