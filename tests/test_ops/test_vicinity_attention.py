@@ -254,6 +254,14 @@ def test_autocast_does_not_reach_the_sums(dtype):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize('shape,table', [((12, 12), 'build_token_factors'),
+                                         ((12, 13), 'build_axis_factors')])
+def test_small_grids_take_the_wide_product(shape, table, monkeypatch):
+    monkeypatch.setattr(angles, '_cache', type(angles._cache)())
+    attend(*make_inputs(shape, None), shape, backend='torch')
+    assert [key[0] for key in angles._cache] == [getattr(angles, table)]
+
+
 @pytest.mark.usefixtures('both_forms')
 def test_tables_are_built_once(monkeypatch):
     built = []
@@ -294,7 +302,22 @@ def test_tables_made_in_inference_mode_serve_training(monkeypatch):
             attend(q, k, v, (3, 5), locality=locality, backend='torch')
         out = attend(q, k, v, (3, 5), locality=locality, backend='torch')
         out.sum().backward()
+        # Differentiated twice, the tables themselves are kept.
+        out = attend(q, k, v, (3, 5), locality=locality, backend='torch')
+        grad, = torch.autograd.grad(out.sum(), q, create_graph=True)
+        grad.sum().backward()
     assert q.grad.isfinite().all()
+
+
+def test_one_graph_serves_small_and_large_grids():
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('eager')
+    compiled = torch.compile(
+        attend, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((8, 12), (20, 30), (9, 11)):
+        compiled(*make_inputs(shape, None), shape, backend='torch')
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize('locality', LOCALITIES)
