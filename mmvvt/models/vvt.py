@@ -193,7 +193,10 @@ class VVTBlock(BaseModule):
                 dwconv_weight=mlp.dwconv.dwconv.weight,
                 dwconv_bias=mlp.dwconv.dwconv.bias,
                 fc2_weight=mlp.fc2.weight,
-                fc2_bias=mlp.fc2.bias), self.norm2.eps, self._path_scale(x))
+                fc2_bias=mlp.fc2.bias),
+            self.norm2.eps,
+            self._path_scale(x),
+            inplace=True)
 
     def _path_scale(self, x: Tensor) -> Optional[Tensor]:
         """What stochastic depth multiplies a branch by, ``(B, 1, 1)``."""

@@ -1,16 +1,17 @@
 """The branches of a block in strips against the same, layer by layer."""
 
 import copy
+import platform
 from collections import defaultdict
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import relative_error
+from conftest import relative_error, run_tool
 
 from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES
-from mmvvt.ops.strips import common
+from mmvvt.ops.strips import MLPWeights, common, mlp_branch
 
 # Numbers of a strip, for blocks of some 16 channels and 64 hidden: three rows
 # at a time; the same by their number; a group of whole images.
@@ -222,6 +223,58 @@ def test_saves_less_than_half(monkeypatch):
         return sum(storages.values())
 
     assert saved_bytes(block) < 0.5 * saved_bytes(layer_by_layer(block))
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_input_is_left_as_it_was(grad, strip_numbers):
+    """The MLP writes over its input, but that is not the block's."""
+    block = build_block().eval()
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    before = x.clone()
+    with torch.set_grad_enabled(grad):
+        out = block(x, (7, 5))
+    assert torch.equal(x, before)
+    assert relative_error(out, layer_by_layer(block)(x, (7, 5))) < 1e-12
+
+
+def test_mlp_overwrites_where_told_and_nothing_records(strip_numbers):
+    weights = MLPWeights(*(torch.randn(shape) for shape in (
+        16, 16, (64, 16), 64, (64, 1, 3, 3), 64, (16, 64), 16)))
+    x = torch.randn(2, 35, 16)
+    expected = mlp_branch(x, (7, 5), weights, 1e-6)
+    kept = mlp_branch(
+        x.requires_grad_(), (7, 5), weights, 1e-6, inplace=True)
+    assert kept.data_ptr() != x.data_ptr()
+    with torch.no_grad():
+        out = mlp_branch(x, (7, 5), weights, 1e-6, inplace=True)
+    assert out.data_ptr() == x.data_ptr()
+    for result in (kept, out):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != 'glibc', reason='of the GNU C library alone')
+@pytest.mark.parametrize('env', [{}, {'MALLOC_TRIM_THRESHOLD_': '131072'}])
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(env):
+    code = '''
+import torch
+from mmvvt.ops.strips import keep_freed_memory
+
+def resident():
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) >> 10 for line in file
+                    if line.startswith('VmRSS'))
+
+keep_freed_memory()
+before = resident()
+tensors = [torch.ones(5 << 20) for _ in range(10)]
+del tensors
+print(resident() - before)
+'''
+    done = run_tool('-c', code, env=env)
+    assert done.returncode == 0, done.stdout
+    kept = int(done.stdout.split()[-1])
+    assert kept > 150 if not env else kept < 50  # of 200 MiB
 
 
 def test_double_backward_is_refused():

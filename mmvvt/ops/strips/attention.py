@@ -141,9 +141,12 @@ def _forward(x: Tensor, weights: AttentionWeights,
     # The features of a token, before and after they are multiplied.
     pieces = list(cut(batch, height, width, 2 * heads * feature_dims))
 
-    # Queries alone, or keys and values too where a backward pass follows.
-    projected = x.new_empty(batch, height, width,
-                            reduced_dims * (3 if keep else 1))
+    out = torch.empty_like(x)
+    # Queries, and keys and values too where a backward pass follows. Else
+    # each strip's wait where its output will be.
+    projected = (
+        x.new_empty(batch, height, width, 3 * reduced_dims)
+        if keep else out[..., :reduced_dims])
     sums = x.new_zeros(batch, heads, feature_dims, head_dims + 1)
     token_sum = x.new_zeros(batch, x.shape[-1])
     for images, strips in pieces:
@@ -159,7 +162,6 @@ def _forward(x: Tensor, weights: AttentionWeights,
     clamped_sums = clamp_sums(sums, clamp)
     _, gate = _gate(token_sum / (height * width), weights)
 
-    out = torch.empty_like(x)
     # What out_proj gives, for the masks of the clamps after it.
     kept = torch.empty_like(x) if keep else None
     for images, strips in pieces:

@@ -1,5 +1,7 @@
 """What both branches share: how images are cut, products, window of rows."""
 
+import ctypes
+import os
 from functools import lru_cache
 from typing import Dict, Iterator, List, Optional, Tuple
 
@@ -13,6 +15,11 @@ STRIP_NUMBERS = 4096 * 768
 # Batches with a smaller widest intermediate, 4 MB, are faster layer by layer.
 LEAST_NUMBERS = 1 << 20
 DTYPES = (torch.float32, torch.float64)
+# Of the GNU C library's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# By which a user sets the same.
+MALLOC_SETTINGS = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_',
+                   'GLIBC_TUNABLES')
 
 
 def runs_in_strips(x: Tensor, channels: int) -> bool:
@@ -45,14 +52,23 @@ def check_differentiated_once() -> None:
 
 @lru_cache(maxsize=None)
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors.
+    """Have the GNU C library keep the memory of freed tensors.
 
     Linux gives memory page by page where it is first touched, which can take
-    longer than to compute what is put there. The GNU C library returns
-    blocks to the system above a limit: the size of the largest one freed so
-    far, 32 MB at most. So free a large one once; it is never touched.
+    longer than to compute what is put there. The library returns large blocks
+    to the system when they are freed, and what is free at the end of the heap.
+    So raise both limits as far as they go: to 32 MB and 2 GB. Where one of
+    :data:`MALLOC_SETTINGS` is in the environment all stays as it is, and with
+    other C libraries, too.
     """
-    torch.empty(31 << 20, dtype=torch.uint8, device='cpu')
+    if any(name in os.environ for name in MALLOC_SETTINGS):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def to_images(x: Tensor, spatial_shape: Tuple[int, int],

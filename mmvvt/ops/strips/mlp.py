@@ -65,10 +65,14 @@ def _depthwise_weight_grads(grad: Tensor, window: Tensor, weight: Tensor,
 
 
 def _forward(x: Tensor, weights: MLPWeights, eps: float,
-             scale: Optional[Tensor], kept: Optional[list]) -> Tensor:
-    """Tokens ``(B, h, w, C)`` to the same; hidden layers are put in kept."""
+             scale: Optional[Tensor], kept: Optional[list],
+             out: Tensor) -> Tensor:
+    """Tokens ``(B, h, w, C)`` to the same; hidden layers are put in kept.
+
+    The result is put in ``out``, which may be ``x``: a row of it is written
+    after that of x was read.
+    """
     hidden_dims = weights.fc1_weight.shape[0]
-    out = torch.empty_like(x)
     for images, strips in cut(*x.shape[:3], hidden_dims):
         window = RowWindow(x.shape[1])
         for rows in strips:
@@ -96,7 +100,7 @@ class _MLPBranch(torch.autograd.Function):
     def forward(ctx, x, eps, scale, *weights):
         weights = MLPWeights(*weights)
         kept = []
-        out = _forward(x, weights, eps, scale, kept)
+        out = _forward(x, weights, eps, scale, kept, torch.empty_like(x))
         ctx.eps = eps
         ctx.save_for_backward(x, scale, *weights, *kept)
         return out
@@ -164,7 +168,8 @@ class _MLPBranch(torch.autograd.Function):
 
 def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
                weights: MLPWeights, eps: float,
-               scale: Optional[Tensor] = None) -> Tensor:
+               scale: Optional[Tensor] = None,
+               inplace: bool = False) -> Tensor:
     """``x + scale * fc2(gelu(dwconv(fc1(LayerNorm(x)))))``.
 
     Args:
@@ -174,6 +179,8 @@ def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
         eps (float): Of the LayerNorm.
         scale (Tensor, optional): ``(B, 1, 1)``, what stochastic depth leaves
             of the branch. Defaults to None, all of it.
+        inplace (bool): Overwrite ``x`` where no backward pass may follow.
+            Defaults to False.
 
     Returns:
         Tensor: ``(B, N, C)``. It can be differentiated once.
@@ -182,5 +189,6 @@ def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
     if wants_grad(x, *weights):
         out = _MLPBranch.apply(x, eps, scale, *weights)
     else:
-        out = _forward(x, weights, eps, scale, None)
+        out = _forward(x, weights, eps, scale, None,
+                       x if inplace else torch.empty_like(x))
     return out.flatten(1, 2)  # (B, N, C)
