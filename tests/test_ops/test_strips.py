@@ -242,6 +242,7 @@ def test_mlp_overwrites_where_told_and_nothing_records(strip_numbers):
         16, 16, (64, 16), 64, (64, 1, 3, 3), 64, (16, 64), 16)))
     x = torch.randn(2, 35, 16)
     expected = mlp_branch(x, (7, 5), weights, 1e-6)
+    assert expected.data_ptr() != x.data_ptr()
     kept = mlp_branch(
         x.requires_grad_(), (7, 5), weights, 1e-6, inplace=True)
     assert kept.data_ptr() != x.data_ptr()
