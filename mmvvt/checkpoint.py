@@ -63,6 +63,9 @@ def _history_method_name(owner, name):
     statistics methods. The buffer has them already: their names will do."""
     if owner is _LoadedHistoryBuffer and name in HISTORY_METHODS:
         return name
+    if owner is HistoryBuffer and name in HISTORY_METHODS:
+        # Someone allow-listed mmengine's own buffer, which wants the methods.
+        return getattr(owner, name)
     raise pickle.UnpicklingError(
         f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint; '
         f'allowed are the methods {HISTORY_METHODS} of HistoryBuffer')
@@ -113,11 +116,13 @@ def register_safe_globals() -> None:
         (_LoadedHistoryBuffer,
          'mmengine.logging.history_buffer.HistoryBuffer'),
         (_history_method_name, 'builtins.getattr'),
-        np.ndarray,
         (_numeric_dtype, 'numpy.dtype'),
+        # In pairs with their names, as leaving torch's safe_globals() takes
+        # away what was named in it, and mmengine may name the same classes.
         # The state of a dtype follows; it changes nothing in NumPy's own.
-        *{type(np.dtype(code))
-          for code in numeric_types},
+        *((owner, f'{owner.__module__}.{owner.__qualname__}') for owner in
+          (np.ndarray, *{type(np.dtype(code))
+                         for code in numeric_types})),
         # NumPy 2 moved these; a checkpoint may come from either side.
         (_empty_array, 'numpy._core.multiarray._reconstruct'),
         (_empty_array, 'numpy.core.multiarray._reconstruct'),

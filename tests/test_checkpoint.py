@@ -291,11 +291,11 @@ def test_namespace_is_allowed_while_converting_alone(tmp_path):
             torch.load(path)
 
 
-def test_runner_checkpoints_load_with_the_safe_default(tmp_path):
+def assert_runner_checkpoint_loads(path):
+    """One of mmengine's runner, by ``torch.load`` with its safe default."""
     hub = MessageHub.get_instance('test_checkpoint')
     hub.update_scalar('loss', 2.5)
     hub.update_scalar('loss', 1.5)
-    path = tmp_path / 'epoch_1.pth'
     numbers = {
         kind: np.dtype(kind).type(1)
         for kind in ('f4', 'f8', 'i4', 'i8', 'u1', '?')
@@ -307,6 +307,43 @@ def test_runner_checkpoints_load_with_the_safe_default(tmp_path):
     assert buffer.mean() == 2. and buffer.statistics('min') == 1.5
     assert loaded['numbers'] == numbers
     assert loaded['array'].tolist() == [0, 1, 2]
+
+
+def test_runner_checkpoints_load_with_the_safe_default(tmp_path):
+    assert_runner_checkpoint_loads(tmp_path / 'epoch_1.pth')
+
+
+@pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
+def test_nor_does_leaving_another_allow_list_change_that(tmp_path):
+    """As onedl-mmengine does after each checkpoint it loads."""
+    with torch.serialization.safe_globals([
+            slice, getattr, HistoryBuffer, np.ndarray, np.dtype,
+            *(type(np.dtype(kind)) for kind in ('u4', 'f8', 'i8'))
+    ]):
+        pass
+    assert_runner_checkpoint_loads(tmp_path / 'epoch_1.pth')
+
+
+@pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
+@pytest.mark.parametrize('theirs', [(getattr, ), (HistoryBuffer, ),
+                                    (getattr, HistoryBuffer)])
+def test_beside_another_allow_list(theirs, tmp_path):
+    """Where both have a name, it is chance whose torch takes."""
+    before = torch.serialization.get_safe_globals()
+    names = {f'{one.__module__}.{one.__qualname__}' for one in theirs}
+    ours = [
+        entry for entry in before
+        if not (isinstance(entry, tuple) and entry[1] in names)
+    ]
+    assert len(ours) == len(before) - len(theirs)
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*ours, *theirs])
+    try:
+        assert_runner_checkpoint_loads(tmp_path / 'epoch_1.pth')
+        assert HistoryBuffer([1, 3], [1, 1]).statistics('mean') == 2
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 @pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
