@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ROOT, write_coco
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -99,9 +100,6 @@ def small_run(path, data, work_dir):
     cfg.default_hooks.checkpoint = None
     cfg.work_dir = str(work_dir)
     cfg.experiment_name = f'{path.stem}-{work_dir.name}'
-    # From random weights DINO's gradients have norms of 1e2 to 1e18 here, and
-    # now and then overflow: the step is then clipped to nothing.
-    cfg.randomness = dict(seed=6)
     return cfg
 
 
@@ -180,6 +178,10 @@ def test_one_step_on_the_true_layout(path, data, tmp_path, monkeypatch):
     runner = Runner.from_cfg(cfg)
     model = runner.model
     model.init_weights()
+    # As in a checkpoint. With biases of 0 padding becomes tokens of zeros,
+    # for which each LayerNorm multiplies the gradient by 1 / sqrt(eps): it
+    # overflowed now and then, and the step was clipped to nothing.
+    nn.init.normal_(model.backbone.patch_embed1.proj.bias)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
 
     runner.train()
