@@ -261,7 +261,9 @@ class VVT(BaseModule):
     A backbone from *Vicinity Vision Transformer* (arXiv 2206.10552). Its
     attention is linear in the number of pixels and there is no position
     table, so any input of 32 pixels or more a side will do. The names of
-    submodules are those of the official checkpoints.
+    submodules are those of the official checkpoints. Building one on a machine
+    without a GPU has the C library keep freed memory, for the whole process:
+    see :func:`mmvvt.ops.strips.keep_freed_memory`.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'medium', 'large', or a dict, see
@@ -340,7 +342,8 @@ class VVT(BaseModule):
         self._freeze_stages()
         # On a CPU each step allocates the same tensors anew, and what comes
         # before and after this backbone does so, too.
-        keep_freed_memory()
+        if not torch.cuda.is_available():
+            keep_freed_memory()
 
     @staticmethod
     def _check_out_indices(

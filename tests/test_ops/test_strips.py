@@ -256,7 +256,10 @@ def test_mlp_overwrites_where_told_and_nothing_records(strip_numbers):
 @pytest.mark.skipif(
     platform.libc_ver()[0] != 'glibc', reason='of the GNU C library alone')
 @pytest.mark.parametrize('env', [{}, {'MALLOC_TRIM_THRESHOLD_': '131072'}])
-def test_freed_memory_is_kept_unless_the_user_says_otherwise(env):
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(
+        env, monkeypatch):
+    for name in common.MALLOC_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     code = '''
 import torch
 from mmvvt.ops.strips import keep_freed_memory
