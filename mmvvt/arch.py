@@ -2,28 +2,34 @@
 
 from typing import Union
 
+from .errors import UserError
+
 # Published with the paper (arXiv 2206.10552, table 1) and its official code.
 ARCH_SETTINGS = {
     'tiny': dict(
         embed_dims=[96, 160, 320, 512],
         num_heads=[1, 2, 5, 8],
         mlp_ratios=[8, 8, 4, 4],
-        depths=[2, 2, 2, 2]),
+        depths=[2, 2, 2, 2],
+    ),
     'small': dict(
         embed_dims=[96, 160, 320, 512],
         num_heads=[1, 2, 5, 8],
         mlp_ratios=[8, 8, 4, 4],
-        depths=[3, 3, 9, 3]),
+        depths=[3, 3, 9, 3],
+    ),
     'medium': dict(
         embed_dims=[96, 160, 320, 512],
         num_heads=[1, 2, 5, 8],
         mlp_ratios=[8, 8, 4, 4],
-        depths=[3, 3, 27, 3]),
+        depths=[3, 3, 27, 3],
+    ),
     'large': dict(
         embed_dims=[96, 160, 320, 512],
         num_heads=[1, 2, 5, 8],
         mlp_ratios=[4, 4, 4, 4],
-        depths=[4, 4, 36, 4]),
+        depths=[4, 4, 36, 4],
+    ),
 }
 
 NUM_STAGES = 4
@@ -46,42 +52,56 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
         dict: All six keys, each a list of four integers.
 
     Raises:
-        ValueError: If the name is unknown, a key is missing or unknown, a
+        UserError: If the name is unknown, a key is missing or unknown, a
             list does not have four positive integers, or the dimensions
             cannot be divided as asked.
     """
     if isinstance(arch, str):
         if arch not in ARCH_SETTINGS:
-            raise ValueError(f'arch must be one of {list(ARCH_SETTINGS)} or a '
-                             f'dict, got {arch!r}')
+            raise UserError(
+                f'arch must be one of {list(ARCH_SETTINGS)} or a '
+                f'dict, got {arch!r}'
+            )
         settings = dict(ARCH_SETTINGS[arch])
     elif isinstance(arch, dict):
         settings = dict(arch)
     else:
-        raise ValueError(f'arch must be a name or a dict, got {arch!r}')
+        raise UserError(f'arch must be a name or a dict, got {arch!r}')
 
     missing = [key for key in REQUIRED_KEYS if key not in settings]
     if missing:
-        raise ValueError(f'arch lacks the keys {missing}; it needs '
-                         f'{list(REQUIRED_KEYS)}')
+        raise UserError(
+            f'arch lacks the keys {missing}; it needs {list(REQUIRED_KEYS)}'
+        )
     unknown = sorted(set(settings) - set(REQUIRED_KEYS) - set(OPTIONAL_KEYS))
     if unknown:
-        raise ValueError(f'arch has unknown keys {unknown}; allowed are '
-                         f'{[*REQUIRED_KEYS, *OPTIONAL_KEYS]}')
+        raise UserError(
+            f'arch has unknown keys {unknown}; allowed are '
+            f'{[*REQUIRED_KEYS, *OPTIONAL_KEYS]}'
+        )
     for key, default in OPTIONAL_KEYS.items():
         settings.setdefault(key, [default] * NUM_STAGES)
     for key, values in settings.items():
-        if (not isinstance(values, (list, tuple))
-                or len(values) != NUM_STAGES or not all(
-                    isinstance(n, int) and n > 0 for n in values)):
-            raise ValueError(f'arch[{key!r}] must be {NUM_STAGES} positive '
-                             f'integers, one a stage, got {values!r}')
+        if (
+            not isinstance(values, (list, tuple))
+            or len(values) != NUM_STAGES
+            or not all(isinstance(n, int) and n > 0 for n in values)
+        ):
+            raise UserError(
+                f'arch[{key!r}] must be {NUM_STAGES} positive '
+                f'integers, one a stage, got {values!r}'
+            )
         settings[key] = list(values)
     for stage, (dims, heads, fr) in enumerate(
-            zip(settings['embed_dims'], settings['num_heads'],
-                settings['fr_ratios'])):
+        zip(
+            settings['embed_dims'],
+            settings['num_heads'],
+            settings['fr_ratios'],
+        )
+    ):
         if dims % (fr * heads):
-            raise ValueError(
+            raise UserError(
                 f'embed_dims {dims} of stage {stage} cannot be divided by '
-                f'fr_ratio * num_heads = {fr} * {heads}')
+                f'fr_ratio * num_heads = {fr} * {heads}'
+            )
     return settings

@@ -38,15 +38,15 @@ REQUIREMENTS = {
 }
 # What must work before an environment counts as ready: everything imports,
 # and mmvvt is that of this clone.
-CHECK_CLONE = (f'import mmvvt; assert mmvvt.__path__[0] == '
-               f'{str(ROOT / "mmvvt")!r}, mmvvt.__path__')
+CHECK_CLONE = (
+    f'import mmvvt; assert mmvvt.__path__[0] == '
+    f'{str(ROOT / "mmvvt")!r}, mmvvt.__path__'
+)
 CHECKS = {
-    'demo':
-    'import torch, torchvision, cv2, sklearn, matplotlib, mmcv, mmpretrain\n'
-    + CHECK_CLONE,
-    'full':
-    'import torch, torchvision, cv2, sklearn, skimage, matplotlib, mmcv.ops\n'
-    'import mmpretrain, mmseg, mmdet, pytest\n'
+    'demo': 'import torch, torchvision, cv2, sklearn, matplotlib, mmcv\n'
+    'import mmpretrain\n' + CHECK_CLONE,
+    'full': 'import torch, torchvision, cv2, sklearn, skimage, matplotlib\n'
+    'import mmcv.ops, mmpretrain, mmseg, mmdet, pytest\n'
     'mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)\n' + CHECK_CLONE,
 }
 HEARTBEAT = 15  # seconds between two signs of life of a long step
@@ -58,9 +58,9 @@ def say(message: str) -> None:
     print(f'[{time.monotonic() - started:5.0f} s] {message}', flush=True)
 
 
-def run(title: str,
-        command: List[str],
-        extra_env: Optional[Dict[str, str]] = None) -> None:
+def run(
+    title: str, command: List[str], extra_env: Optional[Dict[str, str]] = None
+) -> None:
     """Run a step: its output goes to a log, a sign of life to the screen."""
     say(title)
     log = Path(tempfile.gettempdir()) / f'mmvvt-install-{os.getpid()}.log'
@@ -75,7 +75,8 @@ def run(title: str,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            errors='replace')
+            errors='replace',
+        )
 
         def follow():
             for line in process.stdout:
@@ -101,9 +102,11 @@ def run(title: str,
 
 
 def pip(title: str, *arguments: str, **options) -> None:
-    run(title, [
-        str(PYTHON), '-m', 'pip', '--disable-pip-version-check', *arguments
-    ], **options)
+    run(
+        title,
+        [str(PYTHON), '-m', 'pip', '--disable-pip-version-check', *arguments],
+        **options,
+    )
 
 
 def output_of(code: str) -> Optional[str]:
@@ -117,7 +120,8 @@ def output_of(code: str) -> Optional[str]:
             [str(PYTHON), '-c', code],
             capture_output=True,
             text=True,
-            cwd=tempfile.gettempdir())
+            cwd=tempfile.gettempdir(),
+        )
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -156,7 +160,8 @@ def wheel_folder() -> Path:
     key = output_of(
         'import sys, torch; print(f"py{sys.version_info[0]}'
         '{sys.version_info[1]}-torch{torch.__version__}-'
-        '{\'cuda\' if torch.cuda.is_available() else \'cpu\'}")')
+        "{'cuda' if torch.cuda.is_available() else 'cpu'}\")"
+    )
     base = os.environ.get('MMVVT_WHEELS')
     base = Path(base) if base else Path.home() / '.cache' / 'mmvvt' / 'wheels'
     return base / f'{key}-mmcv{MMCV_VERSION}'
@@ -179,7 +184,8 @@ def build_mmcv(folder: Path) -> None:
             '--no-binary=mmcv',
             f'--wheel-dir={temporary}',
             f'mmcv=={MMCV_VERSION}',
-            extra_env={'MMCV_WITH_OPS': '1'})
+            extra_env={'MMCV_WITH_OPS': '1'},
+        )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:
@@ -195,8 +201,14 @@ def install_mmcv_with_ops() -> None:
             wheels = list(folder.glob('mmcv-*.whl'))
         # mmcv-lite is the same package without ops: one of them only.
         pip('removing mmcv-lite, if there', 'uninstall', '--yes', 'mmcv-lite')
-        pip(f'installing {wheels[0].name}', 'install', '--force-reinstall',
-            '--no-deps', '--no-cache-dir', str(wheels[0]))
+        pip(
+            f'installing {wheels[0].name}',
+            'install',
+            '--force-reinstall',
+            '--no-deps',
+            '--no-cache-dir',
+            str(wheels[0]),
+        )
         # torch comes first: the ops link against its libraries
         if output_of('import torch, mmcv.ops') is not None:
             return
@@ -209,13 +221,16 @@ def install_mmcv_with_ops() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('kind', choices=['demo', 'full'])
     kind = parser.parse_args().kind
     if sys.version_info < (3, 10):
-        sys.exit(f'error: Python 3.10 or newer is needed, this is '
-                 f'{sys.version.split()[0]}; name another one with '
-                 'make PYTHON=...')
+        sys.exit(
+            f'error: Python 3.10 or newer is needed, this is '
+            f'{sys.version.split()[0]}; name another one with '
+            'make PYTHON=...'
+        )
 
     present = installed_kind()
     if present == 'full' or present == kind:
@@ -227,25 +242,44 @@ def main() -> None:
 
     # torch by itself: it is most of the download.
     torch_lines = [
-        line for line in REQUIREMENTS['demo'].read_text().splitlines()
+        line
+        for line in REQUIREMENTS['demo'].read_text().splitlines()
         if line.startswith(('torch==', 'torchvision==', 'numpy=='))
     ]
-    pip(f'installing {", ".join(torch_lines)} (the largest download)',
-        'install', *torch_lines)
-    pip(f'installing {REQUIREMENTS[kind].relative_to(ROOT)}', 'install', '-r',
-        str(REQUIREMENTS[kind]))
+    pip(
+        f'installing {", ".join(torch_lines)} (the largest download)',
+        'install',
+        *torch_lines,
+    )
+    pip(
+        f'installing {REQUIREMENTS[kind].relative_to(ROOT)}',
+        'install',
+        '-r',
+        str(REQUIREMENTS[kind]),
+    )
     if kind == 'full':
         install_mmcv_with_ops()
     else:
-        pip('installing mmcv-lite', 'install', '--no-deps',
-            f'mmcv-lite=={MMCV_VERSION}')
-    pip('installing mmvvt', 'install', '--no-deps', '--no-build-isolation',
-        '--editable', '.')
+        pip(
+            'installing mmcv-lite',
+            'install',
+            '--no-deps',
+            f'mmcv-lite=={MMCV_VERSION}',
+        )
+    pip(
+        'installing mmvvt',
+        'install',
+        '--no-deps',
+        '--no-build-isolation',
+        '--editable',
+        '.',
+    )
 
     say('checking that everything imports')
     if output_of(CHECKS[kind]) is None:
-        subprocess.run([str(PYTHON), '-c', CHECKS[kind]],
-                       cwd=tempfile.gettempdir())
+        subprocess.run(
+            [str(PYTHON), '-c', CHECKS[kind]], cwd=tempfile.gettempdir()
+        )
         sys.exit('error: the environment does not import, see above')
     STAMP.write_text(json.dumps({'fingerprint': fingerprint(kind)}))
     say('.venv is ready')

@@ -22,7 +22,8 @@ GOLDEN_ARCH = dict(
     embed_dims=[16, 24, 40, 48],
     num_heads=[1, 2, 5, 4],
     mlp_ratios=[8, 8, 4, 4],
-    depths=[1, 1, 2, 1])
+    depths=[1, 1, 2, 1],
+)
 
 
 def relative_error(actual, expected) -> float:
@@ -44,19 +45,18 @@ def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={
-            **os.environ,
-            **(env or {})
-        },
+        env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout)
+        timeout=timeout,
+    )
 
 
 def photograph(height, width):
     """A real photograph, (H, W, 3), BGR."""
     import cv2
+
     path = resources.files('sklearn') / 'datasets' / 'images' / 'china.jpg'
     return cv2.resize(cv2.imread(str(path)), (width, height))
 
@@ -73,6 +73,7 @@ def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
         size (tuple[int, int]): Height and width.
     """
     import cv2
+
     height, width = size
     (root / 'annotations').mkdir(parents=True)
     for split in ('train2017', 'val2017'):
@@ -83,8 +84,9 @@ def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
             assert cv2.imwrite(str(root / split / f'{number:012d}.jpg'), image)
             if number >= images - empty:
                 continue
-            for k, (x, y, w, h) in enumerate([(3, 5, 40, 30), (50, 20, 30, 48),
-                                              (10, 30, 24, 24)]):
+            for k, (x, y, w, h) in enumerate(
+                [(3, 5, 40, 30), (50, 20, 30, 48), (10, 30, 24, 24)]
+            ):
                 # a polygon, and last a crowd as run lengths of columns
                 crowd = int(k == 2)
                 counts = [x * height + y]
@@ -100,23 +102,29 @@ def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
                         area=w * h,
                         iscrowd=crowd,
                         segmentation=dict(counts=counts, size=[height, width])
-                        if crowd else
-                        [[x, y, x + w, y, x + w, y + h, x, y + h]]))
+                        if crowd
+                        else [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    )
+                )
         content = dict(
             images=[
                 dict(
                     id=number,
                     file_name=f'{number:012d}.jpg',
                     height=height,
-                    width=width) for number in range(images)
+                    width=width,
+                )
+                for number in range(images)
             ],
             annotations=annotations,
             # ids with gaps, as COCO's
             categories=[
                 dict(id=2 * i + 1, name=name) for i, name in enumerate(classes)
-            ])
+            ],
+        )
         (root / 'annotations' / f'instances_{split}.json').write_text(
-            json.dumps(content))
+            json.dumps(content)
+        )
 
 
 @pytest.fixture(scope='session')
@@ -132,6 +140,7 @@ def golden():
 def digits_root(tmp_path_factory):
     """The whole digits data set, written once."""
     from mmvvt.datasets import write_digits
+
     root = tmp_path_factory.mktemp('data') / 'digits'
     write_digits(str(root))
     return root

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 
@@ -15,11 +16,16 @@ from conftest import ROOT
 def install(tmp_path, monkeypatch):
     """The script as a module, on a copy of the project's files."""
     (tmp_path / 'requirements').mkdir()
-    for name in ('requirements/install.py', 'requirements.txt',
-                 'requirements/classification.txt', 'setup.cfg'):
+    for name in (
+        'requirements/install.py',
+        'requirements.txt',
+        'requirements/classification.txt',
+        'setup.cfg',
+    ):
         shutil.copy(ROOT / name, tmp_path / name)
     spec = importlib.util.spec_from_file_location(
-        'install', tmp_path / 'requirements' / 'install.py')
+        'install', tmp_path / 'requirements' / 'install.py'
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # an environment with no packages, and checks that fit it
@@ -31,7 +37,8 @@ def install(tmp_path, monkeypatch):
 
 def stamp(module, kind):
     module.STAMP.write_text(
-        json.dumps({'fingerprint': module.fingerprint(kind)}))
+        json.dumps({'fingerprint': module.fingerprint(kind)})
+    )
 
 
 @pytest.mark.parametrize('kind', ['demo', 'full'])
@@ -55,8 +62,10 @@ def test_a_broken_one_is_not(install):
     assert install.installed_kind() is None
 
 
-@pytest.mark.parametrize('name', ['requirements.txt', 'setup.cfg',
-                                  'requirements/classification.txt'])
+@pytest.mark.parametrize(
+    'name',
+    ['requirements.txt', 'setup.cfg', 'requirements/classification.txt'],
+)
 def test_changed_requirements_make_a_new_one(install, name):
     stamp(install, 'demo')
     with open(install.ROOT / name, 'a') as file:
@@ -68,11 +77,14 @@ def run_main(install, monkeypatch, kind):
     """The steps that main would take, without taking them."""
     steps = []
     monkeypatch.setattr(sys, 'argv', ['install.py', kind])
-    monkeypatch.setattr(install, 'run',
-                        lambda title, command, extra_env=None: steps.append(
-                            ' '.join(command)))
-    monkeypatch.setattr(install, 'install_mmcv_with_ops',
-                        lambda: steps.append('mmcv with ops'))
+    monkeypatch.setattr(
+        install,
+        'run',
+        lambda title, command, extra_env=None: steps.append(' '.join(command)),
+    )
+    monkeypatch.setattr(
+        install, 'install_mmcv_with_ops', lambda: steps.append('mmcv with ops')
+    )
     install.main()
     return steps
 
@@ -110,9 +122,11 @@ def test_broken_is_removed_and_made_anew(install, monkeypatch):
     assert install.installed_kind() == 'demo'
 
 
-def test_wheels_are_kept_by_version_outside_the_clone(install, monkeypatch,
-                                                      tmp_path):
+def test_wheels_are_kept_by_version_outside_the_clone(
+    install, monkeypatch, tmp_path
+):
     import torch
+
     monkeypatch.setenv('MMVVT_WHEELS', str(tmp_path / 'wheels'))
     folder = install.wheel_folder()
     version = f'py{sys.version_info[0]}{sys.version_info[1]}'
@@ -123,8 +137,9 @@ def test_wheels_are_kept_by_version_outside_the_clone(install, monkeypatch,
     assert install.ROOT not in install.wheel_folder().parents
 
 
-def test_a_wheel_that_does_not_load_is_built_anew(install, monkeypatch,
-                                                  tmp_path):
+def test_a_wheel_that_does_not_load_is_built_anew(
+    install, monkeypatch, tmp_path
+):
     folder = tmp_path / 'wheels'
     folder.mkdir()
     (folder / 'mmcv-2.1.0-old.whl').touch()
@@ -138,8 +153,9 @@ def test_a_wheel_that_does_not_load_is_built_anew(install, monkeypatch,
     monkeypatch.setattr(install, 'wheel_folder', lambda: folder)
     monkeypatch.setattr(install, 'build_mmcv', build)
     monkeypatch.setattr(install, 'run', lambda *a, **k: None)
-    monkeypatch.setattr(install, 'output_of',
-                        lambda code: 'ok' if built else None)
+    monkeypatch.setattr(
+        install, 'output_of', lambda code: 'ok' if built else None
+    )
     install.install_mmcv_with_ops()
     assert built == [folder]
     # and given up when the new one does not load either
@@ -157,18 +173,23 @@ def test_an_environment_of_another_clone_is_not(install):
 
 def test_a_failing_step_stops_with_its_output(install, capfd):
     with pytest.raises(SystemExit, match='this step failed: trying'):
-        install.run('trying', [
-            sys.executable, '-c', 'print("the reason"); raise SystemExit(3)'
-        ])
+        install.run(
+            'trying',
+            [sys.executable, '-c', 'print("the reason"); raise SystemExit(3)'],
+        )
     assert 'the reason' in capfd.readouterr().err
 
 
 def test_signs_of_life(install, monkeypatch, capfd):
     monkeypatch.setattr(install, 'HEARTBEAT', 0.3)
-    install.run('long step', [
-        sys.executable, '-uc',
-        'import time; print("[54/77] c++ x.cpp"); time.sleep(1.5)'
-    ])
+    install.run(
+        'long step',
+        [
+            sys.executable,
+            '-uc',
+            'import time; print("[54/77] c++ x.cpp"); time.sleep(1.5)',
+        ],
+    )
     out = capfd.readouterr().out
     assert 'long step' in out and '... [54/77]\n' in out
 
@@ -176,5 +197,7 @@ def test_signs_of_life(install, monkeypatch, capfd):
 def test_needs_a_kind():
     done = subprocess.run(
         [sys.executable, str(ROOT / 'requirements' / 'install.py'), 'all'],
-        capture_output=True, text=True)
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "'demo', 'full'" in done.stderr

@@ -8,11 +8,11 @@ from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.engine.cli import (add_common_arguments, check_checkpoint,
-                              check_data, check_label_maps, fail,
-                              init_processes, label_errors_in_one_line,
-                              load_config)
-from mmvvt.engine.dump import DumpPredictions
+from mmvvt.apis import keep_freed_memory
+from mmvvt.cli import add_common_arguments, init_processes, load_config, run
+from mmvvt.engine import DumpPredictions
+from mmvvt.errors import UserError
+from mmvvt.preflight import check_checkpoint, check_data, check_label_maps
 
 
 def parse_args():
@@ -22,14 +22,17 @@ def parse_args():
     parser.add_argument(
         '--out',
         metavar='FILE.pkl|FILE.json',
-        help='write the predictions (.pkl) or the metrics (.json)')
+        help='write the predictions (.pkl) or the metrics (.json)',
+    )
     parser.add_argument(
-        '--show-dir', help='draw each image with its prediction into a folder')
+        '--show-dir', help='draw each image with its prediction into a folder'
+    )
     parser.add_argument(
         '--tta',
         action='store_true',
         help='test-time augmentation, by tta_model and tta_pipeline of the '
-        'config')
+        'config',
+    )
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -48,13 +51,15 @@ def draw_into(cfg, folder):
     elif kind.endswith('VisualizationHook'):
         hook.update(enable=True, out_dir=folder, interval=1)
     else:
-        fail('--show-dir needs default_hooks.visualization in the config')
+        raise UserError(
+            '--show-dir needs default_hooks.visualization in the config'
+        )
 
 
 def augment_at_test_time(cfg):
     for key in ('tta_model', 'tta_pipeline'):
         if key not in cfg:
-            fail(f'--tta needs {key} in the config')
+            raise UserError(f'--tta needs {key} in the config')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:  # the pipeline is of the innermost one
@@ -64,11 +69,13 @@ def augment_at_test_time(cfg):
 
 def merge_arguments(cfg, args):
     if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
-        fail(f'no such checkpoint file: {args.checkpoint}')
+        raise UserError(f'no such checkpoint file: {args.checkpoint}')
     cfg.load_from = args.checkpoint
     if args.out and os.path.splitext(args.out)[1] not in ('.pkl', '.json'):
-        fail(f'--out must end in .pkl (predictions) or .json (metrics), got '
-             f'{args.out}')
+        raise UserError(
+            f'--out must end in .pkl (predictions) or .json (metrics), got '
+            f'{args.out}'
+        )
     if args.show_dir:
         draw_into(cfg, args.show_dir)
     if args.tta:
@@ -86,13 +93,14 @@ def main():
     check_checkpoint(args.checkpoint, runner.model)
     if args.out and args.out.endswith('.pkl'):
         runner.test_evaluator.metrics.append(
-            DumpPredictions(out_file_path=args.out))
-    with label_errors_in_one_line():
-        metrics = runner.test()
+            DumpPredictions(out_file_path=args.out)
+        )
+    keep_freed_memory()
+    metrics = runner.test()
     if args.out and args.out.endswith('.json'):
         if mmengine.dist.is_main_process():
             mmengine.dump(metrics, args.out)
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

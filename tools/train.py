@@ -6,10 +6,15 @@ import os
 from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.engine.cli import (add_common_arguments, check_data,
-                              check_label_maps, check_pretrained_backbone,
-                              check_pretrained_files, fail, init_processes,
-                              label_errors_in_one_line, load_config)
+from mmvvt.apis import keep_freed_memory
+from mmvvt.cli import add_common_arguments, init_processes, load_config, run
+from mmvvt.errors import UserError
+from mmvvt.preflight import (
+    check_data,
+    check_label_maps,
+    check_pretrained_backbone,
+    check_pretrained_files,
+)
 
 
 def parse_args():
@@ -21,15 +26,18 @@ def parse_args():
         const='auto',
         metavar='auto|PATH',
         help='go on from the last checkpoint in the work folder (auto, or '
-        'nothing), or from a given one')
+        'nothing), or from a given one',
+    )
     parser.add_argument(
         '--amp',
         action='store_true',
-        help='mixed precision (on a machine without a GPU: float32)')
+        help='mixed precision (on a machine without a GPU: float32)',
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate with the total batch size')
+        help='scale the learning rate with the total batch size',
+    )
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -46,17 +54,24 @@ def merge_arguments(cfg, args):
         cfg.load_from = args.resume
     if cfg.get('load_from') and '://' not in cfg.load_from:
         if not os.path.isfile(cfg.load_from):
-            fail(f'no such checkpoint file: {cfg.load_from}')
+            raise UserError(f'no such checkpoint file: {cfg.load_from}')
     if args.amp:
         wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
-        if wrapper not in ('OptimWrapper', 'AmpOptimWrapper',
-                           'AutoAmpOptimWrapper'):
-            fail(f'--amp cannot replace the optim_wrapper {wrapper}')
+        if wrapper not in (
+            'OptimWrapper',
+            'AmpOptimWrapper',
+            'AutoAmpOptimWrapper',
+        ):
+            raise UserError(
+                f'--amp cannot replace the optim_wrapper {wrapper}'
+            )
         cfg.optim_wrapper.type = 'AutoAmpOptimWrapper'
     if args.auto_scale_lr:
         if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
-            fail(f'--auto-scale-lr needs auto_scale_lr.base_batch_size in '
-                 f'{args.config}')
+            raise UserError(
+                f'--auto-scale-lr needs auto_scale_lr.base_batch_size in '
+                f'{args.config}'
+            )
         cfg.auto_scale_lr.enable = True
     return cfg
 
@@ -70,9 +85,9 @@ def main():
     init_processes(cfg, args)
     runner = Runner.from_cfg(cfg)
     check_pretrained_backbone(cfg, runner.model)
-    with label_errors_in_one_line():
-        runner.train()
+    keep_freed_memory()
+    runner.train()
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -4,6 +4,8 @@ default_scope = 'mmdet'
 default_hooks = dict(
     logger=dict(interval=50),
     checkpoint=dict(save_best='coco/bbox_mAP'),
-    visualization=dict(type='DetVisualizationHook'))
+    visualization=dict(type='DetVisualizationHook'),
+)
 visualizer = dict(
-    type='DetLocalVisualizer', vis_backends={{_base_.vis_backends}})
+    type='DetLocalVisualizer', vis_backends={{_base_.vis_backends}}
+)

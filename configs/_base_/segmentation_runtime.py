@@ -4,8 +4,10 @@ default_scope = 'mmseg'
 default_hooks = dict(
     logger=dict(interval=50),
     checkpoint=dict(by_epoch=False, interval=8000, save_best='mIoU'),
-    visualization=dict(type='SegVisualizationHook', interval=1))
+    visualization=dict(type='SegVisualizationHook', interval=1),
+)
 log_processor = dict(by_epoch=False)
 visualizer = dict(
-    type='SegLocalVisualizer', vis_backends={{_base_.vis_backends}})
+    type='SegLocalVisualizer', vis_backends={{_base_.vis_backends}}
+)
 tta_model = dict(type='SegTTAModel')

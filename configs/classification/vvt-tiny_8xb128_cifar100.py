@@ -8,4 +8,5 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(arch='tiny', drop_path_rate=0.1), head=dict(num_classes=100))
+    backbone=dict(arch='tiny', drop_path_rate=0.1), head=dict(num_classes=100)
+)

@@ -5,15 +5,17 @@ _base_ = [
     '../_base_/schedules/adamw_digit_scenes.py',
     '../_base_/detection_runtime.py',
 ]
-custom_imports = dict(
-    imports=['mmvvt', 'mmvvt.datasets.digit_scenes_coco'])
+custom_imports = dict(imports=['mmvvt', 'mmvvt.datasets.digit_scenes_coco'])
 
 model = dict(
     backbone=dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='work_dirs/vvt-nano_digits/epoch_30.pth',
-            prefix='backbone.')))
+            prefix='backbone.',
+        )
+    )
+)
 
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 val_evaluator = dict(metric=['bbox', 'segm'])
@@ -24,6 +26,8 @@ default_hooks = dict(
         by_epoch=False,
         interval={{_base_.iterations}},
         max_keep_ckpts=1,
-        save_best=None))
+        save_best=None,
+    )
+)
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)

@@ -14,7 +14,8 @@ param_scheduler = [
         eta_min=1e-5,
         by_epoch=False,
         begin=50,
-        end=iterations),
+        end=iterations,
+    ),
 ]
 train_cfg = dict(max_iters=iterations, val_interval=iterations)
 default_hooks = dict(checkpoint=dict(interval=iterations))

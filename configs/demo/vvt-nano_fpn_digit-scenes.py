@@ -13,15 +13,18 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='work_dirs/vvt-nano_digits/epoch_30.pth',
-            prefix='backbone.')),
+            prefix='backbone.',
+        )
+    ),
     # Seven pixels in eight are background, which drowns the digits in the
     # cross entropy. The Dice loss leaves it out.
     decode_head=dict(
-        dropout_ratio=0.,
+        dropout_ratio=0.0,
         loss_decode=[
             dict(type='CrossEntropyLoss'),
             dict(type='DiceLoss', use_sigmoid=False, ignore_index=10),
-        ]),
+        ],
+    ),
     # Which digit it is shows at coarser levels, too: a loss at stride 8
     # teaches it in fewer iterations. Predictions do without this head.
     auxiliary_head=dict(
@@ -31,11 +34,13 @@ model = dict(
         channels=64,
         num_convs=1,
         concat_input=False,
-        dropout_ratio=0.,
+        dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=dict(type='BN'),
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4)))
+        loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4),
+    ),
+)
 
 iterations = 2400
 optim_wrapper = dict(optimizer=dict(lr=5e-3))
@@ -46,11 +51,12 @@ param_scheduler = [
         eta_min=1e-5,
         by_epoch=False,
         begin=50,
-        end=iterations),
+        end=iterations,
+    ),
 ]
 train_cfg = dict(max_iters=iterations, val_interval=iterations)
 
 default_hooks = dict(
-    checkpoint=dict(
-        interval=iterations, max_keep_ckpts=1, save_best=None))
+    checkpoint=dict(interval=iterations, max_keep_ckpts=1, save_best=None)
+)
 randomness = dict(seed=0)

@@ -13,4 +13,7 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-small_in1k.pth',
-            prefix='backbone.')))
+            prefix='backbone.',
+        ),
+    )
+)

@@ -14,4 +14,7 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-large_in1k.pth',
-            prefix='backbone.')))
+            prefix='backbone.',
+        ),
+    ),
+)

@@ -14,6 +14,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-large_in1k.pth',
-            prefix='backbone.')))
+            prefix='backbone.',
+        ),
+    ),
+)
 # 2 images on each of 8 GPUs.
 train_dataloader = dict(batch_size=2)

@@ -15,8 +15,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-small_in1k.pth',
-            prefix='backbone.')),
+            prefix='backbone.',
+        ),
+    ),
     decode_head=dict(num_classes=19),
     auxiliary_head=dict(num_classes=19),
     # A crop of the training size slides over the image, in even steps.
-    test_cfg=dict(mode='slide', crop_size=(1024, 1024), stride=(512, 512)))
+    test_cfg=dict(mode='slide', crop_size=(1024, 1024), stride=(512, 512)),
+)

@@ -15,4 +15,7 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-tiny_in1k.pth',
-            prefix='backbone.')))
+            prefix='backbone.',
+        ),
+    ),
+)

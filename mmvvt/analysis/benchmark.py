@@ -14,39 +14,45 @@ import torch.nn as nn
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from mmvvt.arch import ARCH_SETTINGS
+from ..arch import ARCH_SETTINGS
+from ..errors import UserError
+from .memory import peak_memory_gib
 
 # Other backbones of 23 to 29 M parameters, four stages of strides 4 to 32,
 # as the installed packages have them.
 PEERS: Dict[str, dict] = {
-    'swin-tiny':
-    dict(
+    'swin-tiny': dict(
         type='mmpretrain.SwinTransformer',
         arch='tiny',
-        out_indices=(0, 1, 2, 3)),
-    'convnext-tiny':
-    dict(
+        out_indices=(0, 1, 2, 3),
+    ),
+    'convnext-tiny': dict(
         type='mmpretrain.ConvNeXt',
         arch='tiny',
         out_indices=(0, 1, 2, 3),
-        gap_before_final_norm=False),
-    'pvtv2-b2':
-    dict(
+        gap_before_final_norm=False,
+    ),
+    'pvtv2-b2': dict(
         type='mmdet.PyramidVisionTransformerV2',
         embed_dims=64,
-        num_layers=[3, 4, 6, 3]),
-    'twins-svt-small':
-    dict(type='mmpretrain.SVT', arch='small', out_indices=(0, 1, 2, 3)),
-    'resnet-50':
-    dict(type='mmpretrain.ResNet', depth=50, out_indices=(0, 1, 2, 3)),
+        num_layers=[3, 4, 6, 3],
+    ),
+    'twins-svt-small': dict(
+        type='mmpretrain.SVT', arch='small', out_indices=(0, 1, 2, 3)
+    ),
+    'resnet-50': dict(
+        type='mmpretrain.ResNet', depth=50, out_indices=(0, 1, 2, 3)
+    ),
 }
 # '-plain' is the plain formula of the official code.
-VVTS = tuple(f'vvt-{arch}{end}' for arch in ARCH_SETTINGS
-             for end in ('', '-plain'))
+VVTS = tuple(
+    f'vvt-{arch}{end}' for arch in ARCH_SETTINGS for end in ('', '-plain')
+)
 NAMES = (*VVTS, *PEERS)
 MODES = ('forward', 'train_step')
 DTYPES = dict(
-    float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+    float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16
+)
 
 
 def build(name: str) -> nn.Module:
@@ -60,23 +66,31 @@ def build(name: str) -> nn.Module:
         is one.
 
     Raises:
-        ValueError: If there is no such name.
-        ImportError: If the package that has it is not installed.
+        UserError: If there is no such name.
+        UserError: If the package that has it is not installed.
     """
     if name not in NAMES:
-        raise ValueError(f'a model is one of {", ".join(NAMES)}, got {name!r}')
+        raise UserError(f'a model is one of {", ".join(NAMES)}, got {name!r}')
     if name in VVTS:
         import mmvvt.models  # noqa: F401, registers
+
         arch = name.split('-')[1]
         backend = 'reference' if name.endswith('-plain') else 'auto'
         config = dict(
             type='VVT',
             arch=arch,
             out_indices=(0, 1, 2, 3),
-            attn_cfg=dict(backend=backend))
+            attn_cfg=dict(backend=backend),
+        )
     else:
         config = PEERS[name]
-        import_module(config['type'].split('.')[0] + '.models')
+        package = config['type'].split('.')[0]
+        try:
+            import_module(f'{package}.models')
+        except ImportError as error:
+            raise UserError(
+                f'{name} needs the package {package}: {error}'
+            ) from error
     torch.manual_seed(0)
     model = MODELS.build(config)
     return model.cuda() if torch.cuda.is_available() else model
@@ -106,12 +120,16 @@ def machine_line() -> str:
         try:
             with open('/proc/cpuinfo', encoding='utf-8') as file:
                 device = next(
-                    line.split(':', 1)[1].strip() for line in file
-                    if line.startswith('model name'))
+                    line.split(':', 1)[1].strip()
+                    for line in file
+                    if line.startswith('model name')
+                )
         except (OSError, StopIteration):
             pass  # not Linux
-    return (f'{device}, {torch.get_num_threads()} threads, Python '
-            f'{platform.python_version()}, torch {torch.__version__}')
+    return (
+        f'{device}, {torch.get_num_threads()} threads, Python '
+        f'{platform.python_version()}, torch {torch.__version__}'
+    )
 
 
 def autocast(dtype: str):
@@ -122,8 +140,9 @@ def autocast(dtype: str):
     return torch.autocast(device, DTYPES[dtype])
 
 
-def check_same(first: nn.Module, second: nn.Module, image: Tensor,
-               tolerance: float) -> float:
+def check_same(
+    first: nn.Module, second: nn.Module, image: Tensor, tolerance: float
+) -> float:
     """Hold the outputs of two models against each other.
 
     Args:
@@ -141,11 +160,13 @@ def check_same(first: nn.Module, second: nn.Module, image: Tensor,
     with torch.no_grad():
         error = max(
             float((a.double() - b.double()).norm() / b.double().norm())
-            for a, b in zip(first(image), second(image)))
+            for a, b in zip(first(image), second(image))
+        )
     if not error <= tolerance:
         raise AssertionError(
             f'the two sides differ by {error:.1e}, more than {tolerance:.0e}: '
-            'not worth timing')
+            'not worth timing'
+        )
     return error
 
 
@@ -156,8 +177,10 @@ def check_finite(model: nn.Module, image: Tensor) -> None:
         outs = model(image)
     sides = [out.shape[-1] for out in outs]
     if sides != [-(-image.shape[-1] // stride) for stride in (4, 8, 16, 32)]:
-        raise AssertionError(f'feature maps of {sides} pixels a side for an '
-                             f'image of {image.shape[-1]}')
+        raise AssertionError(
+            f'feature maps of {sides} pixels a side for an '
+            f'image of {image.shape[-1]}'
+        )
     if not all(out.isfinite().all() for out in outs):
         raise AssertionError('a feature map is not finite')
 
@@ -169,8 +192,9 @@ def forward(model: nn.Module, image: Tensor, dtype: str = 'float32') -> None:
         model(image)
 
 
-def train_step(model: nn.Module, image: Tensor,
-               dtype: str = 'float32') -> None:
+def train_step(
+    model: nn.Module, image: Tensor, dtype: str = 'float32'
+) -> None:
     """One forward and backward pass, in training mode."""
     model.train()
     model.zero_grad(set_to_none=True)
@@ -187,33 +211,27 @@ def _peak(name: str, batch: int, side: int, mode: str, dtype: str) -> float:
         image = image.cuda()
         torch.cuda.reset_peak_memory_stats()
     step(model, image, dtype)
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        with open('/proc/self/status', encoding='utf-8') as file:
-            line = next(line for line in file if line.startswith('VmHWM'))
-        return int(line.split()[1]) / 2**20  # from KiB
-    except (OSError, StopIteration):
-        raise RuntimeError('the peak memory of a process can be read on '
-                           'Linux alone') from None
+    return peak_memory_gib()
 
 
-def peak_memory(name: str, batch: int, side: int, mode: str,
-                dtype: str) -> float:
+def peak_memory(
+    name: str, batch: int, side: int, mode: str, dtype: str
+) -> float:
     """Peak memory of one pass, in GiB, measured in a process of its own.
 
     Of the GPU's tensors; without a GPU, of the whole process, with the
     libraries (some 0.5 GiB) and the weights.
 
     Raises:
-        RuntimeError: Without a GPU, on another system than Linux.
+        UserError: Without a GPU, on a system other than Linux.
     """
     with multiprocessing.get_context('spawn').Pool(1) as pool:
         return pool.apply(_peak, (name, batch, side, mode, dtype))
 
 
-def alternate(sides: List[Callable[[], None]], runs: int,
-              warmup: int = 1) -> List[Timing]:
+def alternate(
+    sides: List[Callable[[], None]], runs: int, warmup: int = 1
+) -> List[Timing]:
     """Time functions in turn, so that drift of the machine hits all alike.
 
     Args:
@@ -235,8 +253,12 @@ def alternate(sides: List[Callable[[], None]], runs: int,
                 times.append(time.perf_counter() - start)
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     return [
-        Timing(*torch.tensor(times, dtype=torch.float64).quantile(
-            quantiles).tolist()) for times in seconds
+        Timing(
+            *torch.tensor(times, dtype=torch.float64)
+            .quantile(quantiles)
+            .tolist()
+        )
+        for times in seconds
     ]
 
 
@@ -249,20 +271,26 @@ def parse_size(text: str) -> Tuple[int, int]:
     """``BxS`` or ``B x S``: batch and side of a square image.
 
     Raises:
-        ValueError: If it is anything else.
+        UserError: If it is anything else.
     """
     parts = text.lower().split('x')
     if len(parts) != 2 or not all(p.strip().isdigit() for p in parts):
-        raise ValueError(f'a size is BATCHxSIDE, such as 4x224, got {text!r}')
+        raise UserError(f'a size is BATCHxSIDE, such as 4x224, got {text!r}')
     return int(parts[0]), int(parts[1])
 
 
 # What an operation of PyTorch's profiler does, by the start of its name.
 KINDS = {
     'matrix products': ('addmm', 'mm', 'bmm', 'baddbmm'),
-    'convolutions': ('mkldnn_convolution', 'convolution', 'cudnn_conv',
-                     '_conv', 'thnn_conv', 'slow_conv'),
-    'GELU': ('gelu', ),
+    'convolutions': (
+        'mkldnn_convolution',
+        'convolution',
+        'cudnn_conv',
+        '_conv',
+        'thnn_conv',
+        'slow_conv',
+    ),
+    'GELU': ('gelu',),
     'copies': ('copy_', 'cat', 'clone', 'fill_', 'zero_', 'constant_pad'),
     'norms': ('native_layer_norm', 'native_batch_norm', 'layer_norm'),
     'clamps': ('clamp', 'sign', 'abs', 'ge', 'le', 'logical_and', 'sgn'),
@@ -276,8 +304,9 @@ def kind_of(operation: str) -> str:
     for kind, starts in KINDS.items():
         # 'le' is not 'leaky_relu': short names stand for themselves
         if any(
-                name.startswith(start) if len(start) > 3 else name == start
-                for start in starts):
+            name.startswith(start) if len(start) > 3 else name == start
+            for start in starts
+        ):
             return kind
     return OTHER
 
@@ -297,15 +326,17 @@ def profile(step: Callable[[], None]) -> Dict[str, float]:
     step()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(
-            activities=activities, record_shapes=True) as recorded:
+        activities=activities, record_shapes=True
+    ) as recorded:
         step()
-    seconds = dict.fromkeys((*KINDS, OTHER), 0.)
+    seconds = dict.fromkeys((*KINDS, OTHER), 0.0)
     for event in recorded.key_averages(group_by_input_shape=True):
         kind = kind_of(event.key)
         shapes = event.input_shapes
         if kind == 'convolutions' and any(
-                len(shape) == 4 and list(shape[2:]) == [1, 1]
-                for shape in shapes[1:3]):
+            len(shape) == 4 and list(shape[2:]) == [1, 1]
+            for shape in shapes[1:3]
+        ):
             kind = 'matrix products'
         seconds[kind] += event.self_cpu_time_total / 1e6
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
@@ -351,34 +382,45 @@ def write_csv(path: str, rows: List[Row]) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         for row in rows:
-            writer.writerow({
-                key: f'{value:.4g}' if isinstance(value, float) else value
-                for key, value in asdict(row).items()
-            })
+            writer.writerow(
+                {
+                    key: f'{value:.4g}' if isinstance(value, float) else value
+                    for key, value in asdict(row).items()
+                }
+            )
 
 
 def read_csv(path: str) -> List[Row]:
     """Rows of a file of :func:`write_csv`.
 
     Raises:
-        ValueError: If the file has other columns, or no rows.
+        UserError: If the file has other columns, or no rows.
     """
-    with open(path, newline='', encoding='utf-8') as file:
-        lines = list(csv.DictReader(file))
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
     names = [field.name for field in fields(Row)]
     if not lines or list(lines[0]) != names:
-        raise ValueError(f'{path} is not a file of benchmark.py: its columns '
-                         f'must be {", ".join(names)}')
+        raise UserError(
+            f'{path} is not a file of benchmark.py: its columns '
+            f'must be {", ".join(names)}'
+        )
     return [
         Row(
             **{
-                **line, 'batch': int(line['batch']),
+                **line,
+                'batch': int(line['batch']),
                 'side': int(line['side']),
                 'runs': int(line['runs']),
                 'seconds': float(line['seconds']),
                 'seconds_p20': float(line['seconds_p20']),
                 'seconds_p80': float(line['seconds_p80']),
-                'peak_gib':
-                float(line['peak_gib']) if line['peak_gib'] else None
-            }) for line in lines
+                'peak_gib': float(line['peak_gib'])
+                if line['peak_gib']
+                else None,
+            }
+        )
+        for line in lines
     ]

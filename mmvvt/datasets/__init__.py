@@ -5,6 +5,9 @@ from .digits import Digits, write_digits
 from .labels import CheckLabels
 
 __all__ = [
-    'CheckLabels', 'DigitScenes', 'Digits', 'write_digit_scenes',
-    'write_digits'
+    'CheckLabels',
+    'DigitScenes',
+    'Digits',
+    'write_digit_scenes',
+    'write_digits',
 ]

@@ -18,26 +18,46 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 from numpy.random import Generator
 
+from ..errors import MissingFileError, UserError
+from ..fileio import atomic_write
 from .digits import SPLITS, split_digits
-from .folder import written_whole
 
 CLASSES = (*'0123456789', 'background')
 BACKGROUND = CLASSES.index('background')
 # RGB; the background's is next to white, so that sheets stay light.
-PALETTE = [[228, 26, 28], [55, 126, 184], [77, 175, 74], [152, 78, 163],
-           [255, 127, 0], [240, 220, 40], [166, 86, 40], [247, 129, 191],
-           [0, 190, 190], [60, 60, 60], [240, 240, 240]]
+PALETTE = [
+    [228, 26, 28],
+    [55, 126, 184],
+    [77, 175, 74],
+    [152, 78, 163],
+    [255, 127, 0],
+    [240, 220, 40],
+    [166, 86, 40],
+    [247, 129, 191],
+    [0, 190, 190],
+    [60, 60, 60],
+    [240, 240, 240],
+]
 
 # Files inside the wheels, so that nothing is ever fetched. No photograph
 # serves both splits.
 PHOTOGRAPHS = {
-    'train': ('sklearn/datasets/images/china.jpg',
-              'skimage/data/astronaut.png', 'skimage/data/coffee.png',
-              'skimage/data/motorcycle_left.png', 'skimage/data/rocket.jpg',
-              'skimage/data/hubble_deep_field.jpg', 'skimage/data/grass.png',
-              'skimage/data/brick.png'),
-    'val': ('sklearn/datasets/images/flower.jpg', 'skimage/data/chelsea.png',
-            'skimage/data/coins.png', 'skimage/data/camera.png'),
+    'train': (
+        'sklearn/datasets/images/china.jpg',
+        'skimage/data/astronaut.png',
+        'skimage/data/coffee.png',
+        'skimage/data/motorcycle_left.png',
+        'skimage/data/rocket.jpg',
+        'skimage/data/hubble_deep_field.jpg',
+        'skimage/data/grass.png',
+        'skimage/data/brick.png',
+    ),
+    'val': (
+        'sklearn/datasets/images/flower.jpg',
+        'skimage/data/chelsea.png',
+        'skimage/data/coins.png',
+        'skimage/data/camera.png',
+    ),
 }
 FOLDERS = {'train': 'training', 'val': 'validation'}
 NUM_SCENES = {'train': 3000, 'val': 200}
@@ -45,7 +65,7 @@ NUM_SCENES = {'train': 3000, 'val': 200}
 SIZE = 128  # of a scene, in pixels a side
 DIGITS_PER_SCENE = (3, 5)
 DIGIT_HEIGHT = (36, 72)  # of a scan with its margin, in pixels
-MAX_ANGLE = 12.  # degrees
+MAX_ANGLE = 12.0  # degrees
 MIN_CONTRAST = 90  # of 255, between ink and what lies behind it
 MIN_VISIBLE = 0.8  # of a digit's pixels, after later ones cover it
 PLACEMENTS = 40  # tries before a digit is left out
@@ -109,7 +129,8 @@ def load_photographs(split: str) -> Dict[str, np.ndarray]:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 'the digit scenes need scikit-learn and scikit-image: pip '
-                "install 'mmvvt[development]'") from error
+                "install 'mmvvt[development]'"
+            ) from error
         photographs[path] = mmcv.imread(str(file), channel_order='rgb')
     return photographs
 
@@ -117,10 +138,10 @@ def load_photographs(split: str) -> Dict[str, np.ndarray]:
 def _crop(photograph: np.ndarray, rng: Generator) -> np.ndarray:
     """A square of the photograph, perhaps mirrored, as (SIZE, SIZE, 3)."""
     height, width = photograph.shape[:2]
-    side = int(rng.uniform(0.4, 1.) * min(height, width))
+    side = int(rng.uniform(0.4, 1.0) * min(height, width))
     top = rng.integers(height - side + 1)
     left = rng.integers(width - side + 1)
-    crop = photograph[top:top + side, left:left + side]
+    crop = photograph[top : top + side, left : left + side]
     crop = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
@@ -134,19 +155,23 @@ def _draw(scan: np.ndarray, rng: Generator) -> np.ndarray:
     room = math.ceil(1.2 * height)
     middle = (source.shape[0] - 1) / 2
     matrix = cv2.getRotationMatrix2D(
-        (middle, middle), rng.uniform(-MAX_ANGLE, MAX_ANGLE),
-        height / source.shape[0])
+        (middle, middle),
+        rng.uniform(-MAX_ANGLE, MAX_ANGLE),
+        height / source.shape[0],
+    )
     matrix[:, 2] += (room - 1) / 2 - middle
     coverage = cv2.warpAffine(
-        source, matrix, (room, room), flags=cv2.INTER_CUBIC)
+        source, matrix, (room, room), flags=cv2.INTER_CUBIC
+    )
     # Scans are grey at the rim of a stroke: steepen it to an inked edge.
     coverage = np.clip(2.5 * coverage - 0.75, 0, 1)
     rows, columns = (np.flatnonzero(coverage.any(axis=i)) for i in (1, 0))
-    return coverage[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _choose_ink(brightness: np.ndarray,
-                tint: np.ndarray) -> Tuple[np.ndarray, float]:
+def _choose_ink(
+    brightness: np.ndarray, tint: np.ndarray
+) -> Tuple[np.ndarray, float]:
     """A light or dark ink and its contrast to most pixels behind.
 
     Args:
@@ -160,16 +185,21 @@ def _choose_ink(brightness: np.ndarray,
     # np.percentile takes ten times as long
     brightness = np.sort(brightness)
     low, median, high = (
-        brightness[int(part * len(brightness))] for part in (0.1, 0.5, 0.9))
+        brightness[int(part * len(brightness))] for part in (0.1, 0.5, 0.9)
+    )
     if median < 128:
         ink = 255 - tint
         return ink, ink.mean() - high
     return tint, low - tint.mean()
 
 
-def compose_scene(photographs: Dict[str, np.ndarray], scans: np.ndarray,
-                  labels: np.ndarray, members: np.ndarray,
-                  rng: Generator) -> Scene:
+def compose_scene(
+    photographs: Dict[str, np.ndarray],
+    scans: np.ndarray,
+    labels: np.ndarray,
+    members: np.ndarray,
+    rng: Generator,
+) -> Scene:
     """Put some digits on a piece of a photograph.
 
     Digits may overlap, as long as enough of each stays visible, and their
@@ -203,13 +233,15 @@ def compose_scene(photographs: Dict[str, np.ndarray], scans: np.ndarray,
         for _ in range(PLACEMENTS):
             top = rng.integers(SIZE - height + 1)
             left = rng.integers(SIZE - width + 1)
-            place = np.s_[top:top + height, left:left + width]
+            place = np.s_[top : top + height, left : left + width]
             covered = [
                 np.count_nonzero(other.mask[place] & inked)
                 for other in instances
             ]
-            if any(before - lost < MIN_VISIBLE * pixels
-                   for before, lost, pixels in zip(visible, covered, whole)):
+            if any(
+                before - lost < MIN_VISIBLE * pixels
+                for before, lost, pixels in zip(visible, covered, whole)
+            ):
                 continue
             ink, contrast = _choose_ink(brightness[place][inked], tint)
             if contrast >= MIN_CONTRAST:
@@ -249,13 +281,18 @@ def _coco_annotation(instance: Instance) -> dict:
     return dict(
         category_id=instance.label,
         scan=instance.scan,
-        bbox=[left, top,
-              int(columns.max()) + 1 - left,
-              int(rows.max()) + 1 - top],
+        bbox=[
+            left,
+            top,
+            int(columns.max()) + 1 - left,
+            int(rows.max()) + 1 - top,
+        ],
         area=int(instance.mask.sum()),
         iscrowd=0,
         segmentation=dict(
-            size=list(instance.mask.shape), counts=run_lengths(instance.mask)))
+            size=list(instance.mask.shape), counts=run_lengths(instance.mask)
+        ),
+    )
 
 
 def _write_split(root: str, split: str, count: int, seed: int) -> None:
@@ -264,7 +301,8 @@ def _write_split(root: str, split: str, count: int, seed: int) -> None:
     coco = dict(
         images=[],
         annotations=[],
-        categories=[dict(id=i, name=str(i)) for i in range(10)])
+        categories=[dict(id=i, name=str(i)) for i in range(10)],
+    )
     for number in range(count):
         # Each scene has a stream of its own: the first ones stay the same
         # whatever the count.
@@ -274,34 +312,44 @@ def _write_split(root: str, split: str, count: int, seed: int) -> None:
         folder = FOLDERS[split]
         mmcv.imwrite(
             mmcv.rgb2bgr(scene.image),
-            os.path.join(root, 'images', folder, f'{name}.png'))
-        mmcv.imwrite(scene.labels,
-                     os.path.join(root, 'annotations', folder, f'{name}.png'))
+            os.path.join(root, 'images', folder, f'{name}.png'),
+        )
+        mmcv.imwrite(
+            scene.labels,
+            os.path.join(root, 'annotations', folder, f'{name}.png'),
+        )
         coco['images'].append(
             dict(
                 id=number,
                 file_name=f'{name}.png',
                 height=SIZE,
                 width=SIZE,
-                photograph=scene.photograph))
+                photograph=scene.photograph,
+            )
+        )
         for instance in scene.instances:
             coco['annotations'].append(
                 dict(
                     id=len(coco['annotations']) + 1,
                     image_id=number,
-                    **_coco_annotation(instance)))
+                    **_coco_annotation(instance),
+                )
+            )
     with open(
-            os.path.join(root, f'instances_{FOLDERS[split]}.json'),
-            'w',
-            encoding='utf-8') as file:
+        os.path.join(root, f'instances_{FOLDERS[split]}.json'),
+        'w',
+        encoding='utf-8',
+    ) as file:
         # json.dump would not use the encoder in C
         file.write(json.dumps(coco))
 
 
-def write_digit_scenes(data_root: str,
-                       num_train: int = NUM_SCENES['train'],
-                       num_val: int = NUM_SCENES['val'],
-                       seed: int = 0) -> None:
+def write_digit_scenes(
+    data_root: str,
+    num_train: int = NUM_SCENES['train'],
+    num_val: int = NUM_SCENES['val'],
+    seed: int = 0,
+) -> None:
     """Write scenes in ADE20K's layout, and their instances in COCO's format.
 
     ``images/{training,validation}/NNNNN.png``,
@@ -318,7 +366,7 @@ def write_digit_scenes(data_root: str,
             photographs with the others. Defaults to 200.
         seed (int): Of all randomness. Defaults to 0.
     """
-    with written_whole(data_root) as folder:
+    with atomic_write(data_root, is_dir=True) as folder:
         for split, count in (('train', num_train), ('val', num_val)):
             _write_split(folder, split, count, seed)
 
@@ -339,20 +387,18 @@ class DigitScenes(BaseDataset):
         **kwargs: Arguments of mmengine's ``BaseDataset``.
 
     Raises:
-        ValueError: If ``split`` is another word.
-        FileNotFoundError: If images or annotations are not there and not to
+        UserError: If ``split`` is another word.
+        MissingFileError: If images or annotations are not there and not to
             be written.
     """
 
     METAINFO = dict(classes=CLASSES, palette=PALETTE)
 
-    def __init__(self,
-                 data_root: str,
-                 split: str,
-                 download: bool = True,
-                 **kwargs):
+    def __init__(
+        self, data_root: str, split: str, download: bool = True, **kwargs
+    ):
         if split not in SPLITS:
-            raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+            raise UserError(f'split must be one of {SPLITS}, got {split!r}')
         self.split = split
         self.download = download
         super().__init__(data_root=data_root, **kwargs)
@@ -364,17 +410,21 @@ class DigitScenes(BaseDataset):
             write_digit_scenes(self.data_root)
         images, annotations = (
             os.path.join(self.data_root, kind, FOLDERS[self.split])
-            for kind in ('images', 'annotations'))
+            for kind in ('images', 'annotations')
+        )
         for folder in (images, annotations):
             if not os.path.isdir(folder):
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f'no scenes in {folder}; remove {self.data_root} to have '
-                    'it written anew')
+                    'it written anew'
+                )
         return [
             dict(
                 img_path=os.path.join(images, name),
                 seg_map_path=os.path.join(annotations, name),
                 label_map=None,
                 reduce_zero_label=False,
-                seg_fields=[]) for name in sorted(os.listdir(images))
+                seg_fields=[],
+            )
+            for name in sorted(os.listdir(images))
         ]

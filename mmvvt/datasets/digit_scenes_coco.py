@@ -29,7 +29,8 @@ class DigitScenesCoco(CocoDataset):
     """
 
     METAINFO = dict(
-        classes=CLASSES, palette=[tuple(rgb) for rgb in PALETTE[:10]])
+        classes=CLASSES, palette=[tuple(rgb) for rgb in PALETTE[:10]]
+    )
 
     def __init__(self, data_root: str, download: bool = True, **kwargs):
         self.download = download

@@ -8,7 +8,8 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
-from .folder import written_whole
+from ..errors import MissingFileError, UserError
+from ..fileio import atomic_write
 
 SPLITS = ('train', 'val')
 HELD_OUT = 0.2
@@ -31,7 +32,8 @@ def split_digits() -> Tuple[np.ndarray, np.ndarray, Dict[str, np.ndarray]]:
         np.arange(len(digits.target)),
         test_size=HELD_OUT,
         stratify=digits.target,
-        random_state=0)
+        random_state=0,
+    )
     return digits.images, digits.target, dict(zip(SPLITS, members))
 
 
@@ -48,15 +50,17 @@ def write_digits(data_root: str) -> None:
         data_root (str): Folder to make.
     """
     images, labels, members = split_digits()
-    with written_whole(data_root) as folder:
+    with atomic_write(data_root, is_dir=True) as folder:
         for split in SPLITS:
             for number in members[split]:
                 # 17 grey levels, 0 to 16, to 8 bits
                 image = np.rint(images[number] * (255 / 16))
                 mmcv.imwrite(
                     image.astype(np.uint8),
-                    os.path.join(folder, split, str(labels[number]),
-                                 f'{number:04d}.png'))
+                    os.path.join(
+                        folder, split, str(labels[number]), f'{number:04d}.png'
+                    ),
+                )
 
 
 @DATASETS.register_module()
@@ -74,19 +78,17 @@ class Digits(BaseDataset):
         **kwargs: Arguments of mmengine's ``BaseDataset``.
 
     Raises:
-        ValueError: If ``split`` is another word.
-        FileNotFoundError: If the images are not there and not to be written.
+        UserError: If ``split`` is another word.
+        MissingFileError: If the images are not there and not to be written.
     """
 
     METAINFO = dict(classes=tuple('0123456789'))
 
-    def __init__(self,
-                 data_root: str,
-                 split: str,
-                 download: bool = True,
-                 **kwargs):
+    def __init__(
+        self, data_root: str, split: str, download: bool = True, **kwargs
+    ):
         if split not in SPLITS:
-            raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+            raise UserError(f'split must be one of {SPLITS}, got {split!r}')
         self.split = split
         self.download = download
         super().__init__(data_root=data_root, **kwargs)
@@ -101,9 +103,10 @@ class Digits(BaseDataset):
         for label, name in enumerate(self.metainfo['classes']):
             class_folder = os.path.join(folder, name)
             if not os.path.isdir(class_folder):
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f'no images of class {name} in {folder}; remove '
-                    f'{self.data_root} to have it written anew')
+                    f'{self.data_root} to have it written anew'
+                )
             data_list += [
                 dict(img_path=os.path.join(class_folder, file), gt_label=label)
                 for file in sorted(os.listdir(class_folder))

@@ -4,9 +4,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 
-
-class LabelError(ValueError):
-    """A label map with a value that is no class."""
+from ..errors import LabelError, UserError
 
 
 @TRANSFORMS.register_module()
@@ -22,14 +20,15 @@ class CheckLabels(BaseTransform):
         ignore_index (int): Another allowed value. Defaults to 255.
 
     Raises:
-        ValueError: If ``num_classes`` is no positive number.
+        UserError: If ``num_classes`` is no positive number.
         LabelError: From :meth:`transform`, if a map holds another value.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255):
         if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f'num_classes must be a positive number, got '
-                             f'{num_classes!r}')
+            raise UserError(
+                f'num_classes must be a positive number, got {num_classes!r}'
+            )
         self.num_classes = num_classes
         self.ignore_index = ignore_index
 
@@ -44,11 +43,17 @@ class CheckLabels(BaseTransform):
             raise LabelError(
                 f'{results["seg_map_path"]}: label values {values} are '
                 f'outside the classes: allowed are 0 to '
-                f'{self.num_classes - 1} and {self.ignore_index} (ignored)' +
-                (', after the file\'s values have been reduced by 1'
-                 if results.get('reduce_zero_label') else ''))
+                f'{self.num_classes - 1} and {self.ignore_index} (ignored)'
+                + (
+                    ", after the file's values have been reduced by 1"
+                    if results.get('reduce_zero_label')
+                    else ''
+                )
+            )
         return results
 
     def __repr__(self) -> str:
-        return (f'{type(self).__name__}(num_classes={self.num_classes}, '
-                f'ignore_index={self.ignore_index})')
+        return (
+            f'{type(self).__name__}(num_classes={self.num_classes}, '
+            f'ignore_index={self.ignore_index})'
+        )

@@ -1,10 +1,15 @@
-"""What training needs beside the model."""
+"""What mmengine's registries hold: hooks, metrics, optimizer wrappers."""
 
+from .hooks import EpochSeedHook, MeanLossHook, seed_worker
+from .metrics import DumpPredictions
 from .optim_constructor import MergedOptimWrapperConstructor
 from .optim_wrapper import auto_amp_optim_wrapper
-from .reproducible import EpochSeedHook, MeanLossHook, seed_worker
 
 __all__ = [
-    'EpochSeedHook', 'MeanLossHook', 'MergedOptimWrapperConstructor',
-    'auto_amp_optim_wrapper', 'seed_worker'
+    'DumpPredictions',
+    'EpochSeedHook',
+    'MeanLossHook',
+    'MergedOptimWrapperConstructor',
+    'auto_amp_optim_wrapper',
+    'seed_worker',
 ]

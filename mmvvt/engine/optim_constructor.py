@@ -23,11 +23,9 @@ class MergedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Arguments are those of mmengine's ``DefaultOptimWrapperConstructor``.
     """
 
-    def add_params(self,
-                   params: List[dict],
-                   module: nn.Module,
-                   prefix: str = '',
-                   **kwargs) -> None:
+    def add_params(
+        self, params: List[dict], module: nn.Module, prefix: str = '', **kwargs
+    ) -> None:
         """Add the groups of a module to ``params``; see the parent class."""
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:

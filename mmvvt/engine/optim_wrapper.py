@@ -7,9 +7,9 @@ from mmengine.registry import OPTIM_WRAPPERS
 
 
 @OPTIM_WRAPPERS.register_module(name='AutoAmpOptimWrapper')
-def auto_amp_optim_wrapper(loss_scale='dynamic',
-                           dtype=None,
-                           **kwargs) -> OptimWrapper:
+def auto_amp_optim_wrapper(
+    loss_scale='dynamic', dtype=None, **kwargs
+) -> OptimWrapper:
     """Mixed precision on a GPU, float32 on the CPU.
 
     mmengine's ``AmpOptimWrapper`` refuses to be built without a GPU, so a
@@ -33,5 +33,6 @@ def auto_amp_optim_wrapper(loss_scale='dynamic',
         return AmpOptimWrapper(loss_scale=loss_scale, dtype=dtype, **kwargs)
     print_log(
         'No GPU: mixed precision is off, training runs in float32.',
-        logger='current')
+        logger='current',
+    )
     return OptimWrapper(**kwargs)

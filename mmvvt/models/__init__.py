@@ -1,6 +1,7 @@
-"""The backbone and its attention."""
+"""The backbone and its blocks."""
 
 from .attention import VicinityAttention
+from .mlp import ConvMLP
 from .vvt import VVT
 
-__all__ = ['VVT', 'VicinityAttention']
+__all__ = ['VVT', 'ConvMLP', 'VicinityAttention']

@@ -7,8 +7,13 @@ import torch.nn as nn
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from mmvvt.ops import (LOCALITIES, check_backend, magnitude_clamp,
-                       vicinity_attention)
+from mmvvt.errors import UserError
+from mmvvt.ops import (
+    LOCALITIES,
+    check_backend,
+    magnitude_clamp,
+    vicinity_attention,
+)
 from mmvvt.ops.reference import magnitude_clamp as plain_magnitude_clamp
 
 
@@ -37,33 +42,40 @@ class VicinityAttention(BaseModule):
         init_cfg (dict, optional): Initialisation. Defaults to None.
 
     Raises:
-        ValueError: If the dimensions cannot be divided as asked, or there is
+        UserError: If the dimensions cannot be divided as asked, or there is
             no such locality or backend.
-        RuntimeError: If the backend cannot run, with the reason.
+        BackendError: If the backend cannot run, with the reason.
     """
 
-    def __init__(self,
-                 embed_dims: int,
-                 num_heads: int,
-                 fr_ratio: int = 2,
-                 sr_ratio: int = 1,
-                 se_ratio: int = 1,
-                 locality: str = 'sum',
-                 clamp: bool = True,
-                 eps: float = 1e-4,
-                 backend: str = 'auto',
-                 init_cfg=None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        fr_ratio: int = 2,
+        sr_ratio: int = 1,
+        se_ratio: int = 1,
+        locality: str = 'sum',
+        clamp: bool = True,
+        eps: float = 1e-4,
+        backend: str = 'auto',
+        init_cfg=None,
+    ):
         super().__init__(init_cfg)
         if embed_dims % (fr_ratio * num_heads):
-            raise ValueError(f'embed_dims {embed_dims} cannot be divided by '
-                             f'fr_ratio * num_heads = {fr_ratio} * '
-                             f'{num_heads}')
+            raise UserError(
+                f'embed_dims {embed_dims} cannot be divided by '
+                f'fr_ratio * num_heads = {fr_ratio} * '
+                f'{num_heads}'
+            )
         if embed_dims % se_ratio:
-            raise ValueError(f'embed_dims {embed_dims} cannot be divided by '
-                             f'se_ratio {se_ratio}')
+            raise UserError(
+                f'embed_dims {embed_dims} cannot be divided by '
+                f'se_ratio {se_ratio}'
+            )
         if locality not in LOCALITIES:
-            raise ValueError(
-                f'locality must be one of {LOCALITIES}, got {locality!r}')
+            raise UserError(
+                f'locality must be one of {LOCALITIES}, got {locality!r}'
+            )
         check_backend(backend)
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
@@ -82,10 +94,12 @@ class VicinityAttention(BaseModule):
             nn.Linear(embed_dims, embed_dims // se_ratio, bias=False),
             nn.ReLU(),
             nn.Linear(embed_dims // se_ratio, embed_dims, bias=False),
-            nn.Sigmoid())
+            nn.Sigmoid(),
+        )
         if sr_ratio > 1:
             self.sr = nn.Conv2d(
-                embed_dims, embed_dims, sr_ratio, stride=sr_ratio)
+                embed_dims, embed_dims, sr_ratio, stride=sr_ratio
+            )
             self.norm = nn.LayerNorm(embed_dims, eps=1e-5)
 
     def _split_heads(self, t: Tensor) -> Tensor:
@@ -97,9 +111,11 @@ class VicinityAttention(BaseModule):
         if self.sr_ratio == 1:
             return x, spatial_shape
         if min(spatial_shape) < self.sr_ratio:
-            raise ValueError(f'sr_ratio {self.sr_ratio} needs a grid of at '
-                             f'least as many rows and columns, got '
-                             f'{tuple(spatial_shape)}')
+            raise UserError(
+                f'sr_ratio {self.sr_ratio} needs a grid of at '
+                f'least as many rows and columns, got '
+                f'{tuple(spatial_shape)}'
+            )
         # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)
         x = x.unflatten(1, spatial_shape).permute(0, 3, 1, 2)
         x = self.sr(x)  # (B, C, h / sr, w / sr)
@@ -118,13 +134,14 @@ class VicinityAttention(BaseModule):
             Tensor: ``(B, N, C)``.
 
         Raises:
-            ValueError: If ``spatial_shape`` does not have N tokens.
+            UserError: If ``spatial_shape`` does not have N tokens.
         """
         if spatial_shape[0] * spatial_shape[1] != x.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f'spatial_shape {tuple(spatial_shape)} has '
                 f'{spatial_shape[0] * spatial_shape[1]} tokens, but x has '
-                f'{x.shape[1]}')
+                f'{x.shape[1]}'
+            )
         gate = self.se_fc(x.mean(dim=1, keepdim=True))  # (B, 1, C)
         source, key_shape = self._reduce_grid(x, spatial_shape)
         out = vicinity_attention(
@@ -136,7 +153,8 @@ class VicinityAttention(BaseModule):
             locality=self.locality,
             clamp=self.clamp,
             eps=self.eps,
-            backend=self.backend)
+            backend=self.backend,
+        )
         # (B, heads, N, d) -> (B, N, heads, d) -> (B, N, C / fr)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not self.clamp:

@@ -9,89 +9,18 @@ import torch.nn as nn
 import torch.utils.checkpoint as cp
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
-from mmengine.model.weight_init import trunc_normal_init
+from mmengine.model.weight_init import constant_init, trunc_normal_init
 from mmengine.registry import MODELS
 from torch import Tensor
 
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
-from mmvvt.ops import check_backend, dwconv_gelu
-from mmvvt.ops.strips import (AttentionSettings, AttentionWeights, MLPWeights,
-                              attention_branch, keep_freed_memory, mlp_branch,
-                              runs_in_strips)
+from mmvvt.errors import UserError
+
+from . import strips
 from .attention import VicinityAttention
+from .mlp import ConvMLP
 
 MIN_SIZE = 32
-
-
-class DWConv(BaseModule):
-    """Depthwise 3x3 convolution over tokens.
-
-    Args:
-        channels (int): Number of channels.
-        plain (bool): Copy to ``(B, C, h, w)`` and back, as the official code
-            does. Defaults to False, no copies.
-        init_cfg (dict, optional): Initialisation. Defaults to None.
-    """
-
-    def __init__(self, channels: int, plain: bool = False, init_cfg=None):
-        super().__init__(init_cfg)
-        self.plain = plain
-        self.dwconv = nn.Conv2d(
-            channels, channels, 3, padding=1, groups=channels)
-
-    def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
-        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w), channels last: no copy
-        x = x.unflatten(1, spatial_shape).permute(0, 3, 1, 2)
-        x = self.dwconv(x.contiguous() if self.plain else x)
-        # (B, C, h, w) -> (B, h, w, C) -> (B, N, C)
-        return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-class ConvMLP(BaseModule):
-    """Linear, depthwise 3x3, GELU, Linear.
-
-    Args:
-        embed_dims (int): Channels of input and output.
-        hidden_dims (int): Channels in between.
-        drop_rate (float): Dropout after the GELU and at the end. Defaults
-            to 0.
-        backend (str): 'triton' takes convolution and GELU in one kernel,
-            'reference' copies between convolution and tokens as the official
-            code does. Defaults to 'auto'.
-        init_cfg (dict, optional): Initialisation. Defaults to None.
-    """
-
-    def __init__(self,
-                 embed_dims: int,
-                 hidden_dims: int,
-                 drop_rate: float = 0.,
-                 backend: str = 'auto',
-                 init_cfg=None):
-        super().__init__(init_cfg)
-        self.backend = check_backend(backend)
-        self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.dwconv = DWConv(hidden_dims, self.backend == 'reference')
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate)
-
-    def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
-        x = self.fc1(x)
-        if self.backend == 'triton':
-            conv = self.dwconv.dwconv
-            x = dwconv_gelu(x, conv.weight, conv.bias, spatial_shape, 'triton')
-        else:
-            x = self.act(self.dwconv(x, spatial_shape))
-        return self.drop(self.fc2(self.drop(x)))
-
-
-# Layers of a block whose weights the strips may take without calling them.
-STOCK_LAYERS = frozenset({
-    ConvMLP, DWConv, DropPath, VicinityAttention, nn.Conv2d, nn.Dropout,
-    nn.GELU, nn.LayerNorm, nn.Linear, nn.ReLU, nn.Sequential, nn.Sigmoid
-})
 
 
 class VVTBlock(BaseModule):
@@ -117,96 +46,42 @@ class VVTBlock(BaseModule):
         init_cfg (dict, optional): Initialisation. Defaults to None.
     """
 
-    def __init__(self,
-                 embed_dims: int,
-                 num_heads: int,
-                 mlp_ratio: int,
-                 fr_ratio: int,
-                 sr_ratio: int,
-                 drop_rate: float = 0.,
-                 drop_path_rate: float = 0.,
-                 with_cp: bool = False,
-                 attn_cfg: dict = dict(),
-                 init_cfg=None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        mlp_ratio: int,
+        fr_ratio: int,
+        sr_ratio: int,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        attn_cfg: dict = dict(),
+        init_cfg=None,
+    ):
         super().__init__(init_cfg)
         self.with_cp = with_cp
+        self.hidden_dims = embed_dims * mlp_ratio
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = VicinityAttention(
             embed_dims,
             num_heads,
             fr_ratio=fr_ratio,
             sr_ratio=sr_ratio,
-            **attn_cfg)
+            **attn_cfg,
+        )
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.mlp = ConvMLP(
             embed_dims,
-            embed_dims * mlp_ratio,
+            self.hidden_dims,
             drop_rate,
-            backend=attn_cfg.get('backend', 'auto'))
+            backend=attn_cfg.get('backend', 'auto'),
+        )
         self.drop_path = DropPath(drop_path_rate)
 
-    def _is_stock(self) -> bool:
-        """Whether all layers are those of this file, none hooked to."""
-        return all(
-            type(module) in STOCK_LAYERS and 'forward' not in vars(module)
-            and not (module._forward_hooks or module._forward_pre_hooks
-                     or module._backward_hooks or module._backward_pre_hooks)
-            for child in self.children() for module in child.modules())
-
-    def _runs_in_strips(self, x: Tensor) -> bool:
-        return (self.attn.sr_ratio == 1
-                and check_backend(self.attn.backend) == 'torch'
-                and not (self.training and self.mlp.drop.p > 0)
-                and x.dtype == self.norm1.weight.dtype
-                and runs_in_strips(x, self.mlp.fc1.weight.shape[0])
-                and self._is_stock())
-
-    def _forward_in_strips(self, x: Tensor,
-                           spatial_shape: Tuple[int, int]) -> Tensor:
-        """The same on a CPU, faster and in less memory."""
-        attn, mlp = self.attn, self.mlp
-        qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
-        x = attention_branch(
-            x, spatial_shape,
-            AttentionWeights(
-                norm_weight=self.norm1.weight,
-                norm_bias=self.norm1.bias,
-                qkv_weight=torch.cat([layer.weight for layer in qkv]),
-                qkv_bias=torch.cat([layer.bias for layer in qkv]),
-                out_weight=attn.out_proj.weight,
-                out_bias=attn.out_proj.bias,
-                squeeze_weight=attn.se_fc[0].weight,
-                excite_weight=attn.se_fc[2].weight),
-            AttentionSettings(
-                num_heads=attn.num_heads,
-                locality=attn.locality,
-                clamp=attn.clamp,
-                eps=attn.eps,
-                norm_eps=self.norm1.eps), self._path_scale(x))
-        return mlp_branch(
-            x, spatial_shape,
-            MLPWeights(
-                norm_weight=self.norm2.weight,
-                norm_bias=self.norm2.bias,
-                fc1_weight=mlp.fc1.weight,
-                fc1_bias=mlp.fc1.bias,
-                dwconv_weight=mlp.dwconv.dwconv.weight,
-                dwconv_bias=mlp.dwconv.dwconv.bias,
-                fc2_weight=mlp.fc2.weight,
-                fc2_bias=mlp.fc2.bias),
-            self.norm2.eps,
-            self._path_scale(x),
-            inplace=True)
-
-    def _path_scale(self, x: Tensor) -> Optional[Tensor]:
-        """What stochastic depth multiplies a branch by, ``(B, 1, 1)``."""
-        if not self.training or self.drop_path.drop_prob == 0:
-            return None
-        return self.drop_path(x.new_ones(len(x), 1, 1))
-
     def _forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
-        if self._runs_in_strips(x):
-            return self._forward_in_strips(x, spatial_shape)
+        if strips.find_obstacle(self, x, spatial_shape) is None:
+            return strips.forward(self, x, spatial_shape)
         x = x + self.drop_path(self.attn(self.norm1(x), spatial_shape))
         return x + self.drop_path(self.mlp(self.norm2(x), spatial_shape))
 
@@ -214,7 +89,8 @@ class VVTBlock(BaseModule):
         """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
         if self.with_cp and self.training and torch.is_grad_enabled():
             return cp.checkpoint(
-                self._forward, x, spatial_shape, use_reentrant=False)
+                self._forward, x, spatial_shape, use_reentrant=False
+            )
         return self._forward(x, spatial_shape)
 
 
@@ -229,19 +105,22 @@ class OverlapPatchEmbed(BaseModule):
         init_cfg (dict, optional): Initialisation. Defaults to None.
     """
 
-    def __init__(self,
-                 in_channels: int,
-                 embed_dims: int,
-                 kernel_size: int,
-                 stride: int,
-                 init_cfg=None):
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        kernel_size: int,
+        stride: int,
+        init_cfg=None,
+    ):
         super().__init__(init_cfg)
         self.proj = nn.Conv2d(
             in_channels,
             embed_dims,
             kernel_size,
             stride=stride,
-            padding=kernel_size // 2)
+            padding=kernel_size // 2,
+        )
         self.norm = nn.LayerNorm(embed_dims, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
@@ -261,9 +140,7 @@ class VVT(BaseModule):
     A backbone from *Vicinity Vision Transformer* (arXiv 2206.10552). Its
     attention is linear in the number of pixels and there is no position
     table, so any input of 32 pixels or more a side will do. The names of
-    submodules are those of the official checkpoints. Building one on a machine
-    without a GPU has the C library keep freed memory, for the whole process:
-    see :func:`mmvvt.ops.strips.keep_freed_memory`.
+    submodules are those of the official checkpoints.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'medium', 'large', or a dict, see
@@ -286,45 +163,53 @@ class VVT(BaseModule):
             None, that of the official code.
 
     Raises:
-        ValueError: If an argument is not what is allowed.
+        UserError: If an argument is not what is allowed.
     """
 
     arch_settings = ARCH_SETTINGS
 
-    def __init__(self,
-                 arch: Union[str, dict],
-                 in_channels: int = 3,
-                 out_indices: Union[int, Sequence[int]] = (3, ),
-                 drop_rate: float = 0.,
-                 drop_path_rate: float = 0.,
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 attn_cfg: dict = dict(),
-                 init_cfg: Optional[Union[dict, list]] = None):
+    def __init__(
+        self,
+        arch: Union[str, dict],
+        in_channels: int = 3,
+        out_indices: Union[int, Sequence[int]] = (3,),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        attn_cfg: dict = dict(),
+        init_cfg: Optional[Union[dict, list]] = None,
+    ):
         super().__init__(init_cfg)
         settings = resolve_arch(arch)
         self.embed_dims = settings['embed_dims']
         self.in_channels = in_channels
         self.out_indices = self._check_out_indices(out_indices)
         if frozen_stages not in range(-1, NUM_STAGES):
-            raise ValueError(f'frozen_stages must be -1 (none) to '
-                             f'{NUM_STAGES - 1}, got {frozen_stages!r}')
+            raise UserError(
+                f'frozen_stages must be -1 (none) to '
+                f'{NUM_STAGES - 1}, got {frozen_stages!r}'
+            )
         self.frozen_stages = frozen_stages
-        for name, rate in (('drop_rate', drop_rate), ('drop_path_rate',
-                                                      drop_path_rate)):
-            if not 0. <= rate < 1.:
-                raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
+        for name, rate in (
+            ('drop_rate', drop_rate),
+            ('drop_path_rate', drop_path_rate),
+        ):
+            if not 0.0 <= rate < 1.0:
+                raise UserError(f'{name} must be in [0, 1), got {rate!r}')
 
         depths = settings['depths']
         drop_path_rates = torch.linspace(
-            0, drop_path_rate, sum(depths), device='cpu').tolist()
+            0, drop_path_rate, sum(depths), device='cpu'
+        ).tolist()
         for i, dims in enumerate(self.embed_dims):
             first = i == 0
             patch_embed = OverlapPatchEmbed(
                 in_channels if first else self.embed_dims[i - 1],
                 dims,
                 kernel_size=7 if first else 3,
-                stride=4 if first else 2)
+                stride=4 if first else 2,
+            )
             blocks = nn.ModuleList(
                 VVTBlock(
                     dims,
@@ -335,38 +220,46 @@ class VVT(BaseModule):
                     drop_rate=drop_rate,
                     drop_path_rate=drop_path_rates.pop(0),
                     with_cp=with_cp,
-                    attn_cfg=attn_cfg) for _ in range(depths[i]))
+                    attn_cfg=attn_cfg,
+                )
+                for _ in range(depths[i])
+            )
             self.add_module(f'patch_embed{i + 1}', patch_embed)
             self.add_module(f'block{i + 1}', blocks)
             self.add_module(f'norm{i + 1}', nn.LayerNorm(dims, eps=1e-6))
         self._freeze_stages()
-        # On a CPU each step allocates the same tensors anew, and what comes
-        # before and after this backbone does so, too.
-        if not torch.cuda.is_available():
-            keep_freed_memory()
 
     @staticmethod
     def _check_out_indices(
-            out_indices: Union[int, Sequence[int]]) -> Tuple[int, ...]:
-        indices = (out_indices, ) if isinstance(out_indices,
-                                                int) else tuple(out_indices)
+        out_indices: Union[int, Sequence[int]],
+    ) -> Tuple[int, ...]:
+        indices = (
+            (out_indices,)
+            if isinstance(out_indices, int)
+            else tuple(out_indices)
+        )
         for index in indices:
             if index not in range(-NUM_STAGES, NUM_STAGES):
-                raise ValueError(
+                raise UserError(
                     f'out_indices must be within {-NUM_STAGES} to '
-                    f'{NUM_STAGES - 1}, got {tuple(indices)}')
+                    f'{NUM_STAGES - 1}, got {tuple(indices)}'
+                )
         resolved = tuple(index % NUM_STAGES for index in indices)
         if not resolved or sorted(set(resolved)) != list(resolved):
-            raise ValueError(f'out_indices must name one stage at least, in '
-                             f'rising order and none twice, got '
-                             f'{tuple(indices)}')
+            raise UserError(
+                f'out_indices must name one stage at least, in '
+                f'rising order and none twice, got '
+                f'{tuple(indices)}'
+            )
         return resolved
 
     def _stage(self, index: int) -> Tuple[nn.Module, nn.Module, nn.Module]:
         """Patch embedding, blocks and norm of a stage, from 0."""
-        return (getattr(self, f'patch_embed{index + 1}'),
-                getattr(self, f'block{index + 1}'),
-                getattr(self, f'norm{index + 1}'))
+        return (
+            getattr(self, f'patch_embed{index + 1}'),
+            getattr(self, f'block{index + 1}'),
+            getattr(self, f'norm{index + 1}'),
+        )
 
     def init_weights(self) -> None:
         """Initialise as the official code does, or by ``init_cfg``."""
@@ -377,21 +270,24 @@ class VVT(BaseModule):
             warnings.warn(
                 'init_weights of VVT has been called more than once; the '
                 'weights are left as they are',
-                stacklevel=2)
+                stacklevel=2,
+            )
             return
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_init(module, std=.02, bias=0.)
+                trunc_normal_init(module, std=0.02, bias=0.0)
             elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+                constant_init(module, val=1, bias=0)
             elif isinstance(module, nn.Conv2d):
                 # mmengine's KaimingInit does not divide by the groups.
                 fan_out = (
-                    math.prod(module.kernel_size) * module.out_channels //
-                    module.groups)
-                nn.init.normal_(module.weight, std=math.sqrt(2. / fan_out))
-                nn.init.zeros_(module.bias)
+                    math.prod(module.kernel_size)
+                    * module.out_channels
+                    // module.groups
+                )
+                nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         self._is_init = True
 
     def _freeze_stages(self) -> None:
@@ -417,15 +313,18 @@ class VVT(BaseModule):
             8, 16, 32, each normalised by its stage's LayerNorm.
 
         Raises:
-            ValueError: If the image has other channels or is too small.
+            UserError: If the image has other channels or is too small.
         """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'the input must be (B, {self.in_channels}, H, '
-                             f'W), got shape {tuple(x.shape)}')
+            raise UserError(
+                f'the input must be (B, {self.in_channels}, H, '
+                f'W), got shape {tuple(x.shape)}'
+            )
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-            raise ValueError(
+            raise UserError(
                 f'the image must be {MIN_SIZE} x {MIN_SIZE} pixels or more, '
-                f'got {x.shape[2]} x {x.shape[3]}')
+                f'got {x.shape[2]} x {x.shape[3]}'
+            )
         outs = []
         for i in range(self.out_indices[-1] + 1):
             patch_embed, blocks, norm = self._stage(i)

@@ -1,11 +1,16 @@
-"""Functions on tensors. Imports torch alone (and Triton where it runs)."""
+"""Functions on tensors. Imports torch only (and Triton where it runs)."""
 
+from .angles import LOCALITIES
+from .attention import vicinity_attention
 from .clamp import magnitude_clamp
 from .convolution import dwconv_gelu
-from .dispatch import (BACKENDS, LOCALITIES, check_backend,
-                       vicinity_attention)
+from .dispatch import BACKENDS, check_backend
 
 __all__ = [
-    'BACKENDS', 'LOCALITIES', 'check_backend', 'dwconv_gelu',
-    'magnitude_clamp', 'vicinity_attention'
+    'BACKENDS',
+    'LOCALITIES',
+    'check_backend',
+    'dwconv_gelu',
+    'magnitude_clamp',
+    'vicinity_attention',
 ]

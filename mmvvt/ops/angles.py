@@ -1,11 +1,19 @@
 """Cosines and sines of the vicinity angles, built once per grid."""
 
 import math
+import threading
 from collections import OrderedDict
 from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
+
+from .autograd import is_transformed
+
+# Products of a query's and a key's factor that each vicinity weight is a sum
+# of, and so the copies that the features of a token consist of.
+NUM_FACTORS = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
+LOCALITIES = tuple(NUM_FACTORS)
 
 # A table is (h + w) * 2 numbers, or h * w * n, which large grids of the sum
 # form do without; multi-scale training meets a few hundred grids, a server
@@ -13,6 +21,7 @@ from torch import Tensor
 MAX_CACHED_TABLES = 256
 
 _cache: 'OrderedDict[tuple, Tuple[Tensor, ...]]' = OrderedDict()
+_lock = threading.Lock()
 
 
 def axis_angles(length: int, dtype: torch.dtype, device) -> Tensor:
@@ -33,8 +42,9 @@ def axis_angles(length: int, dtype: torch.dtype, device) -> Tensor:
     return (math.pi / 2 * index / length).to(dtype)
 
 
-def build_axis_factors(spatial_shape: Tuple[int, int], dtype: torch.dtype,
-                       device) -> Tuple[Tensor, Tensor]:
+def build_axis_factors(
+    spatial_shape: Tuple[int, int], dtype: torch.dtype, device
+) -> Tuple[Tensor, Tensor]:
     """Build what :func:`axis_factors` caches.
 
     Args:
@@ -47,19 +57,25 @@ def build_axis_factors(spatial_shape: Tuple[int, int], dtype: torch.dtype,
         and of each column's, ``(2, w)``.
     """
     rows, cols = (axis_angles(n, dtype, device) for n in spatial_shape)
-    return (torch.stack([rows.cos(), rows.sin()]),
-            torch.stack([cols.cos(), cols.sin()]))
+    return (
+        torch.stack([rows.cos(), rows.sin()]),
+        torch.stack([cols.cos(), cols.sin()]),
+    )
 
 
-def build_token_factors(spatial_shape: Tuple[int, int], locality: str,
-                        dtype: torch.dtype, device) -> Tuple[Tensor]:
+def build_token_factors(
+    spatial_shape: Tuple[int, int], locality: str, dtype: torch.dtype, device
+) -> Tuple[Tensor]:
     """Build what :func:`token_factors` caches, in a tuple."""
     h, w = spatial_shape
     if locality == '1d':
         angles = axis_angles(h * w, dtype, device)
-        return torch.stack([angles.cos(), angles.sin()], dim=1),
-    return combine_factors(
-        *build_axis_factors(spatial_shape, dtype, device), locality),
+        return (torch.stack([angles.cos(), angles.sin()], dim=1),)
+    return (
+        combine_factors(
+            *build_axis_factors(spatial_shape, dtype, device), locality
+        ),
+    )
 
 
 def combine_factors(rows: Tensor, cols: Tensor, locality: str) -> Tensor:
@@ -83,34 +99,39 @@ def combine_factors(rows: Tensor, cols: Tensor, locality: str) -> Tensor:
     return factors.flatten(1).t().contiguous()  # (h * w, 4)
 
 
-def _from_cache(build: Callable[..., Tuple[Tensor, ...]],
-                *key) -> Tuple[Tensor, ...]:
-    """``build(*key)``, or what it gave before.
+def _from_cache(
+    build: Callable[..., Tuple[Tensor, ...]], *key
+) -> Tuple[Tensor, ...]:
+    """Return ``build(*key)``, from the cache where it is there.
 
-    The cache keeps the :data:`MAX_CACHED_TABLES` tables used last.
+    The cache keeps the :data:`MAX_CACHED_TABLES` most recently used tables.
+    Several threads may use it.
     """
-    if torch.compiler.is_compiling():
-        # The compiler folds the table into its kernel; a cache seen while
+    if is_transformed():
+        # A compiler folds the table into its kernel; a cache seen while
         # tracing would only tie the graph to one grid.
         return build(*key)
-    tables = _cache.get((build, *key))
-    if tables is None:
-        # A table made under inference mode could not be saved for a later
-        # backward pass.
-        with torch.inference_mode(False):
-            tables = build(*key)
-        if type(tables[0]) is not Tensor:
-            return tables  # traced with fake tensors: good for this call only
+    with _lock:
+        tables = _cache.get((build, *key))
+        if tables is not None:
+            _cache.move_to_end((build, *key))
+            return tables
+    # A table made under inference mode could not be saved for a later
+    # backward pass.
+    with torch.inference_mode(False):
+        tables = build(*key)
+    if type(tables[0]) is not Tensor:
+        return tables  # traced with fake tensors: good for this call only
+    with _lock:
         _cache[(build, *key)] = tables
-        if len(_cache) > MAX_CACHED_TABLES:
+        while len(_cache) > MAX_CACHED_TABLES:
             _cache.popitem(last=False)
-    else:
-        _cache.move_to_end((build, *key))
     return tables
 
 
-def axis_factors(spatial_shape: Tuple[int, int], dtype: torch.dtype,
-                 device) -> Tuple[Tensor, Tensor]:
+def axis_factors(
+    spatial_shape: Tuple[int, int], dtype: torch.dtype, device
+) -> Tuple[Tensor, Tensor]:
     """What each row and each column of a grid is weighed by, from a cache.
 
     Arguments and result are those of :func:`build_axis_factors`.
@@ -118,8 +139,9 @@ def axis_factors(spatial_shape: Tuple[int, int], dtype: torch.dtype,
     return _from_cache(build_axis_factors, tuple(spatial_shape), dtype, device)
 
 
-def token_factors(spatial_shape: Tuple[int, int], locality: str,
-                  dtype: torch.dtype, device) -> Tensor:
+def token_factors(
+    spatial_shape: Tuple[int, int], locality: str, dtype: torch.dtype, device
+) -> Tensor:
     """What the copies of each token's features are weighed by, from a cache.
 
     Args:
@@ -131,5 +153,6 @@ def token_factors(spatial_shape: Tuple[int, int], locality: str,
     Returns:
         Tensor: ``(h * w, n)``; n is 4, for '1d' 2.
     """
-    return _from_cache(build_token_factors, tuple(spatial_shape), locality,
-                       dtype, device)[0]
+    return _from_cache(
+        build_token_factors, tuple(spatial_shape), locality, dtype, device
+    )[0]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .autograd import is_transformed, needs_custom_backward
+
 # Bounds of the official code; published checkpoints were trained with them.
 CLAMP_MIN, CLAMP_MAX = 1e-4, 1e4
 
@@ -16,8 +18,9 @@ def clamp_in_place(t: Tensor) -> Tensor:
 def mask_clamp_grad(grad: Tensor, t: Tensor) -> Tensor:
     """Gradient of ``t`` from that of :func:`magnitude_clamp`, in place."""
     magnitude = t.abs()
-    return grad.mul_((magnitude >= CLAMP_MIN).logical_and_(
-        magnitude <= CLAMP_MAX))
+    return grad.mul_(
+        (magnitude >= CLAMP_MIN).logical_and_(magnitude <= CLAMP_MAX)
+    )
 
 
 class _MagnitudeClamp(torch.autograd.Function):
@@ -27,12 +30,13 @@ class _MagnitudeClamp(torch.autograd.Function):
     def forward(ctx, t: Tensor) -> Tensor:
         magnitude = t.abs()
         ctx.save_for_backward(
-            (magnitude >= CLAMP_MIN) & (magnitude <= CLAMP_MAX))
+            (magnitude >= CLAMP_MIN) & (magnitude <= CLAMP_MAX)
+        )
         return magnitude.clamp_(CLAMP_MIN, CLAMP_MAX).mul_(t.sign())
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        inside, = ctx.saved_tensors
+        (inside,) = ctx.saved_tensors
         return grad * inside
 
 
@@ -51,8 +55,8 @@ def magnitude_clamp(t: Tensor, inplace: bool = False) -> Tensor:
     Returns:
         Tensor: Shape and dtype of ``t``.
     """
-    if torch.compiler.is_compiling():
+    if is_transformed():
         return t.sign() * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
-    if torch.is_grad_enabled() and t.requires_grad:
+    if needs_custom_backward(t):
         return _MagnitudeClamp.apply(t)
     return clamp_in_place(t if inplace else t.clone())

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .angles import axis_factors, token_factors
+from .autograd import is_transformed, needs_custom_backward
 from .clamp import CLAMP_MAX, CLAMP_MIN, magnitude_clamp, mask_clamp_grad
 
 Shape = Tuple[int, int]
@@ -34,8 +35,8 @@ def _is_separable(shape: Shape, locality: str) -> bool:
     the grid by looking at its size.
     """
     return locality == 'sum' and (
-        torch.compiler.is_compiling() or torch.jit.is_tracing()
-        or shape[0] * shape[1] > WIDE_TOKENS)
+        is_transformed() or shape[0] * shape[1] > WIDE_TOKENS
+    )
 
 
 def _features(t: Tensor, shape: Shape, locality: str) -> Tensor:
@@ -77,14 +78,15 @@ def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
     k, v = k.transpose(-3, -2), v.transpose(-3, -2)  # (B, heads, w, h, .)
     per_col = k.transpose(-2, -1) @ v  # (B, heads, w, d, e)
     # (2, h) @ (B, heads, h, d * e) -> (B, heads, 2, d * e), columns likewise
-    sums = torch.cat([
-        to_rows @ per_row.flatten(-2), to_cols @ per_col.flatten(-2)
-    ], dim=-2)
+    sums = torch.cat(
+        [to_rows @ per_row.flatten(-2), to_cols @ per_col.flatten(-2)], dim=-2
+    )
     return sums.unflatten(-1, per_row.shape[-2:])  # (B, heads, 4, d, e)
 
 
-def spread_sums(q: Tensor, sums: Tensor, shape: Shape,
-                locality: str) -> Tensor:
+def spread_sums(
+    q: Tensor, sums: Tensor, shape: Shape, locality: str
+) -> Tensor:
     """``sum_n factor_pn * q_p sums_n`` for each token p.
 
     In the sum form each row has a matrix, and each column; other forms, and
@@ -138,14 +140,15 @@ def divide(products: Tensor, clamp: bool, eps: float) -> Tensor:
     normaliser = (products[..., -1:] + eps).reciprocal()
     if not clamp:
         return numerator * normaliser
-    out = (
-        magnitude_clamp(numerator, inplace=True) *
-        magnitude_clamp(normaliser, inplace=True))
+    out = magnitude_clamp(numerator, inplace=True) * magnitude_clamp(
+        normaliser, inplace=True
+    )
     return magnitude_clamp(out, inplace=True)
 
 
-def divide_backward(grad: Tensor, products: Tensor, clamp: bool,
-                    eps: float) -> Tuple[Tensor, Tensor]:
+def divide_backward(
+    grad: Tensor, products: Tensor, clamp: bool, eps: float
+) -> Tuple[Tensor, Tensor]:
     """Gradient of the products of :func:`divide`, and its result again.
 
     Args:
@@ -171,7 +174,8 @@ def divide_backward(grad: Tensor, products: Tensor, clamp: bool,
         out = top * factor
         mask_clamp_grad(grad, out)
         factor_grad = mask_clamp_grad(
-            (grad * top).sum(dim=-1, keepdim=True), normaliser)
+            (grad * top).sum(dim=-1, keepdim=True), normaliser
+        )
         mask_clamp_grad(grad.mul_(factor), numerator)
     normaliser_grad = factor_grad.mul_(normaliser.square()).neg_()
     return torch.cat([grad, normaliser_grad], dim=-1), out
@@ -185,12 +189,19 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, ...]:
     """
     accumulate = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.to(accumulate) for t in (q, k, v))
-    return q.relu(), k.relu(), F.pad(v, (0, 1), value=1.)
+    return q.relu(), k.relu(), F.pad(v, (0, 1), value=1.0)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
-             key_shape: Shape, locality: str, clamp: bool,
-             eps: float) -> Tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_shape: Shape,
+    key_shape: Shape,
+    locality: str,
+    clamp: bool,
+    eps: float,
+) -> Tuple[Tensor, Tensor]:
     """The output, and the sums before their clamp."""
     dtype = q.dtype
     q, k, v = _prepare(q, k, v)
@@ -199,40 +210,53 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
     return divide(products, clamp, eps).to(dtype), sums
 
 
-def _grads(grad: Tensor, inputs: Sequence[Tensor], sums: Tensor,
-           query_shape: Shape, key_shape: Shape, locality: str, clamp: bool,
-           eps: float) -> Tuple[Tensor, ...]:
+def _grads(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    sums: Tensor,
+    query_shape: Shape,
+    key_shape: Shape,
+    locality: str,
+    clamp: bool,
+    eps: float,
+) -> Tuple[Tensor, ...]:
     """Gradients of q, k and v."""
     q, k, v = _prepare(*inputs)
     clamped = clamp_sums(sums, clamp)
     products = spread_sums(q, clamped, query_shape, locality)
     # A copy, as it is overwritten and not ours.
     products_grad, _ = divide_backward(
-        grad.to(q.dtype, copy=True), products, clamp, eps)
-    q_grad = spread_sums(products_grad, clamped.transpose(-2, -1),
-                         query_shape, locality).mul_(q > 0)
+        grad.to(q.dtype, copy=True), products, clamp, eps
+    )
+    q_grad = spread_sums(
+        products_grad, clamped.transpose(-2, -1), query_shape, locality
+    ).mul_(q > 0)
     sums_grad = sum_tokens(q, products_grad, query_shape, locality)
     if clamp:
         mask_clamp_grad(sums_grad[..., :-1], sums[..., :-1])
-    k_grad = spread_sums(v, sums_grad.transpose(-2, -1), key_shape,
-                         locality).mul_(k > 0)
+    k_grad = spread_sums(
+        v, sums_grad.transpose(-2, -1), key_shape, locality
+    ).mul_(k > 0)
     v_grad = spread_sums(k, sums_grad[..., :-1], key_shape, locality)
     return tuple(
-        g.to(t.dtype) for g, t in zip((q_grad, k_grad, v_grad), inputs))
+        g.to(t.dtype) for g, t in zip((q_grad, k_grad, v_grad), inputs)
+    )
 
 
-def _differentiable_grads(grad: Tensor, inputs: Sequence[Tensor],
-                          settings: tuple) -> Tuple[Optional[Tensor], ...]:
+def _differentiable_grads(
+    grad: Tensor, inputs: Sequence[Tensor], settings: tuple
+) -> Tuple[Optional[Tensor], ...]:
     """The same by autograd, for gradients of gradients."""
     wanted = [t for t in inputs if t.requires_grad]
     grads = iter(
         torch.autograd.grad(
-            _forward(*inputs, *settings)[0], wanted, grad, create_graph=True))
+            _forward(*inputs, *settings)[0], wanted, grad, create_graph=True
+        )
+    )
     return tuple(next(grads) if t.requires_grad else None for t in inputs)
 
 
 class _LinearAttention(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, q, k, v, *settings):
         out, sums = _forward(q, k, v, *settings)
@@ -253,9 +277,16 @@ class _LinearAttention(torch.autograd.Function):
         return (*grads, *[None] * len(ctx.settings))
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
-                     key_shape: Shape, locality: str, clamp: bool,
-                     eps: float) -> Tensor:
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_shape: Shape,
+    key_shape: Shape,
+    locality: str,
+    clamp: bool,
+    eps: float,
+) -> Tensor:
     """Linear vicinity attention, computed in float32 at least.
 
     Args:
@@ -272,8 +303,6 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
         Tensor: ``(B, heads, N, d)`` in the dtype of ``q``.
     """
     arguments = (q, k, v, query_shape, key_shape, locality, clamp, eps)
-    # A compiler decides itself what to keep.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(
-            t.requires_grad for t in (q, k, v)):
+    if needs_custom_backward(q, k, v):
         return _LinearAttention.apply(*arguments)
     return _forward(*arguments)[0]

@@ -32,8 +32,9 @@ def _grid_angles(shape: Shape, like: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     return a, b, c
 
 
-def vicinity_weight(query_shape: Shape, key_shape: Shape, locality: str,
-                    like: Tensor) -> Tensor:
+def vicinity_weight(
+    query_shape: Shape, key_shape: Shape, locality: str, like: Tensor
+) -> Tensor:
     """Preference of each query token for each key token by their distance.
 
     Args:
@@ -56,9 +57,15 @@ def vicinity_weight(query_shape: Shape, key_shape: Shape, locality: str,
     return torch.ones_like(a_q * a_k)
 
 
-def quadratic_attention(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
-                        key_shape: Shape, locality: str,
-                        eps: float) -> Tensor:
+def quadratic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_shape: Shape,
+    key_shape: Shape,
+    locality: str,
+    eps: float,
+) -> Tensor:
     """The definition, without clamps.
 
     Args:
@@ -99,7 +106,7 @@ def vicinity_features(t: Tensor, shape: Shape, locality: str) -> Tensor:
             a.cos() * b.cos(),
             a.cos() * b.sin(),
             a.sin() * b.cos(),
-            a.sin() * b.sin()
+            a.sin() * b.sin(),
         ]
     elif locality == '1d':
         factors = [c.cos(), c.sin()]
@@ -120,9 +127,15 @@ def magnitude_clamp(t: Tensor) -> Tensor:
     return t.sign() * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, query_shape: Shape,
-                     key_shape: Shape, locality: str,
-                     eps: float) -> Tensor:
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_shape: Shape,
+    key_shape: Shape,
+    locality: str,
+    eps: float,
+) -> Tensor:
     """The plain linear form, with the clamps of the published models.
 
     Arguments and result are those of :func:`quadratic_attention`.

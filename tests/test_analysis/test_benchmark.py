@@ -3,26 +3,40 @@
 import pytest
 import torch
 
-from mmvvt.analysis.benchmark import (KINDS, OTHER, Row, alternate, build,
-                                      check_finite, check_same, kind_of,
-                                      parse_size, peak_memory, profile,
-                                      read_csv, write_csv)
+from mmvvt.analysis.benchmark import (
+    KINDS,
+    OTHER,
+    Row,
+    alternate,
+    build,
+    check_finite,
+    check_same,
+    kind_of,
+    parse_size,
+    peak_memory,
+    profile,
+    read_csv,
+    write_csv,
+)
 
 
 def test_differing_sides_are_not_timed():
     image = torch.randn(1, 3, 4, 4)
     same = check_same(lambda x: (x, 2 * x), lambda x: (x, 2 * x), image, 1e-6)
-    assert same == 0.
+    assert same == 0.0
     with pytest.raises(AssertionError, match='the two sides differ by'):
         check_same(lambda x: (x, x), lambda x: (x, 1.1 * x), image, 1e-3)
     with pytest.raises(AssertionError, match='differ by nan'):
-        check_same(lambda x: (x * torch.nan, ), lambda x: (x, ), image, 1e-3)
+        check_same(lambda x: (x * torch.nan,), lambda x: (x,), image, 1e-3)
 
 
 def test_sides_take_turns():
     order = []
-    timings = alternate([lambda: order.append('a'), lambda: order.append('b')],
-                        runs=3, warmup=1)
+    timings = alternate(
+        [lambda: order.append('a'), lambda: order.append('b')],
+        runs=3,
+        warmup=1,
+    )
     assert order == ['a', 'b'] * 4
     assert all(0 <= t.low <= t.median <= t.high for t in timings)
 
@@ -57,10 +71,34 @@ def test_names():
 
 def test_csv_round_trip(tmp_path):
     rows = [
-        Row('vvt-small', 'forward', 'eager', 'float32', 1, 224, 5, 0.25, 0.125,
-            0.5, None, 'a machine, 2 threads'),
-        Row('resnet-50', 'train_step', 'compiled', 'bfloat16', 4, 512, 3, 2.,
-            1.5, 2.5, 1.25, 'a machine, 2 threads')
+        Row(
+            'vvt-small',
+            'forward',
+            'eager',
+            'float32',
+            1,
+            224,
+            5,
+            0.25,
+            0.125,
+            0.5,
+            None,
+            'a machine, 2 threads',
+        ),
+        Row(
+            'resnet-50',
+            'train_step',
+            'compiled',
+            'bfloat16',
+            4,
+            512,
+            3,
+            2.0,
+            1.5,
+            2.5,
+            1.25,
+            'a machine, 2 threads',
+        ),
     ]
     write_csv(tmp_path / 'rows.csv', rows)
     assert read_csv(tmp_path / 'rows.csv') == rows

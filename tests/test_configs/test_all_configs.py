@@ -5,20 +5,31 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import ROOT, build_model
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmvvt.analysis.flops import count
+from mmvvt.analysis.complexity import count
+
+from conftest import ROOT, build_model
 
 CONFIGS = sorted(
-    p.relative_to(ROOT) for p in (ROOT / 'configs').rglob('*.py')
-    if '_base_' not in p.parts)
+    p.relative_to(ROOT)
+    for p in (ROOT / 'configs').rglob('*.py')
+    if '_base_' not in p.parts
+)
 CLASSIFIERS = [p for p in CONFIGS if p.parts[1] == 'classification']
 # Keys of the MMCV 1 generation, which the runner would ignore
 OLD_KEYS = {
-    'lr_config', 'optimizer', 'optimizer_config', 'runner', 'data',
-    'evaluation', 'checkpoint_config', 'log_config', 'workflow', 'total_epochs'
+    'lr_config',
+    'optimizer',
+    'optimizer_config',
+    'runner',
+    'data',
+    'evaluation',
+    'checkpoint_config',
+    'log_config',
+    'workflow',
+    'total_epochs',
 }
 
 
@@ -64,23 +75,28 @@ def test_classifier_recipe(path):
     assert cfg.train_dataloader.worker_init_fn.type == 'seed_worker'
 
 
-@pytest.mark.parametrize('path', [p for p in CLASSIFIERS if 'in1k' in p.stem],
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    'path', [p for p in CLASSIFIERS if 'in1k' in p.stem], ids=lambda p: p.stem
+)
 def test_classifier_pipelines_run(path, tmp_path):
     """On an image larger and one smaller than the crop."""
     import cv2
     import numpy as np
     from mmengine.dataset import Compose
+
     size = 384 if '384px' in path.stem else 224
     cfg = Config.fromfile(ROOT / path)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        for pipeline in (cfg.train_dataloader.dataset.pipeline,
-                         cfg.test_dataloader.dataset.pipeline):
+        for pipeline in (
+            cfg.train_dataloader.dataset.pipeline,
+            cfg.test_dataloader.dataset.pipeline,
+        ):
             for shape in ((500, 420, 3), (90, 120, 3)):
                 file = tmp_path / 'image.png'
                 cv2.imwrite(str(file), np.full(shape, 99, np.uint8))
                 packed = Compose(pipeline)(
-                    dict(img_path=str(file), gt_label=1))
+                    dict(img_path=str(file), gt_label=1)
+                )
                 assert packed['inputs'].shape == (3, size, size)
 
 
@@ -100,18 +116,21 @@ def test_metafiles_list_every_recipe_and_count_right():
         channels = cfg.model.backbone.get('in_channels', 3)
         if 'medium' in path or 'large' in path:
             continue  # as small, only slower
-        found = count(
-            build_model(cfg.model), (1, channels, size, size))
+        found = count(build_model(cfg.model), (1, channels, size, size))
         assert model['Metadata']['Parameters'] == found.parameters, path
         assert model['Metadata']['FLOPs'] == pytest.approx(
-            found.multiply_adds, rel=5e-3), path
+            found.multiply_adds, rel=5e-3
+        ), path
 
 
-@pytest.mark.parametrize('name,gmacs', [('tiny', 3.0), ('small', 5.6),
-                                        ('medium', 9.4), ('large', 10.8)])
+@pytest.mark.parametrize(
+    'name,gmacs',
+    [('tiny', 3.0), ('small', 5.6), ('medium', 9.4), ('large', 10.8)],
+)
 def test_published_multiply_adds(name, gmacs):
     """The paper's table, which is rounded to a tenth."""
     cfg = Config.fromfile(
-        ROOT / f'configs/classification/vvt-{name}_8xb128_in1k.py')
+        ROOT / f'configs/classification/vvt-{name}_8xb128_in1k.py'
+    )
     found = count(build_model(cfg.model), (1, 3, 224, 224))
     assert found.multiply_adds / 1e9 == pytest.approx(gmacs, abs=0.06)

@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, write_coco
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+
+from conftest import ROOT, write_coco
 
 pytest.importorskip('mmdet')
 from mmdet.registry import DATASETS  # noqa: E402
@@ -20,13 +21,14 @@ SHALLOW = dict(
     embed_dims=[96, 160, 320, 512],
     num_heads=[1, 2, 5, 8],
     mlp_ratios=[1, 1, 1, 1],
-    depths=[1, 1, 1, 1])
+    depths=[1, 1, 1, 1],
+)
 SHRINK = 8
 DETECTORS = {
     'retinanet': 'RetinaNet',
     'mask-rcnn': 'MaskRCNN',
     'cascade-mask-rcnn': 'CascadeRCNN',
-    'dino-4scale': 'DINO'
+    'dino-4scale': 'DINO',
 }
 DROP_PATH = dict(tiny=0.1, small=0.2, medium=0.3, large=0.3)
 
@@ -72,14 +74,14 @@ def few_regions(model):
         model.update(num_queries=30)
         model.dn_cfg.group_cfg.num_dn_queries = 5
     elif model.type == 'RetinaNet':
-        model.test_cfg.update(score_thr=0., max_per_img=5)
+        model.test_cfg.update(score_thr=0.0, max_per_img=5)
     else:
         stages = model.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:
             stage.sampler.num = 16
         model.train_cfg.rpn_proposal.max_per_img = 30
         model.test_cfg.rpn.max_per_img = 10
-        model.test_cfg.rcnn.update(score_thr=0., max_per_img=5)
+        model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)
 
 
 def small_run(path, data, work_dir):
@@ -90,8 +92,9 @@ def small_run(path, data, work_dir):
         cfg[key].update(num_workers=0, persistent_workers=False)
         cfg[key].dataset.data_root = str(data)
     for key in ('val_evaluator', 'test_evaluator'):
-        cfg[key].ann_file = str(data / 'annotations' /
-                                'instances_val2017.json')
+        cfg[key].ann_file = str(
+            data / 'annotations' / 'instances_val2017.json'
+        )
     cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=False)
     cfg.model.backbone.update(arch=SHALLOW, init_cfg=None)
     few_regions(cfg.model)
@@ -104,14 +107,19 @@ def small_run(path, data, work_dir):
 
 
 def test_all_are_there():
-    expected = {
-        f'{head}_vvt-{arch}_fpn_1x_coco'
-        for head in ('retinanet', 'mask-rcnn') for arch in DROP_PATH
-    } | {
-        f'{head}_vvt-{arch}_fpn_ms-3x_coco'
-        for head in ('mask-rcnn', 'cascade-mask-rcnn')
-        for arch in ('small', 'medium')
-    } | {'dino-4scale_vvt-small_12e_coco'}
+    expected = (
+        {
+            f'{head}_vvt-{arch}_fpn_1x_coco'
+            for head in ('retinanet', 'mask-rcnn')
+            for arch in DROP_PATH
+        }
+        | {
+            f'{head}_vvt-{arch}_fpn_ms-3x_coco'
+            for head in ('mask-rcnn', 'cascade-mask-rcnn')
+            for arch in ('small', 'medium')
+        }
+        | {'dino-4scale_vvt-small_12e_coco'}
+    )
     assert set(names(CONFIGS)) == expected
 
 
@@ -119,7 +127,8 @@ def test_all_are_there():
 def test_name_says_the_recipe(path):
     cfg = Config.fromfile(path)
     detector, arch, schedule = re.fullmatch(
-        r'([\w-]+)_vvt-([a-z]+)(?:_fpn)?_([\w-]+)_coco', path.stem).groups()
+        r'([\w-]+)_vvt-([a-z]+)(?:_fpn)?_([\w-]+)_coco', path.stem
+    ).groups()
     assert cfg.model.type == DETECTORS[detector]
     backbone = cfg.model.backbone
     assert backbone.arch == arch
@@ -129,12 +138,13 @@ def test_name_says_the_recipe(path):
     assert backbone.init_cfg == dict(
         type='Pretrained',
         checkpoint=f'pretrained/vvt-{arch}_in1k.pth',
-        prefix='backbone.')
+        prefix='backbone.',
+    )
 
     epochs, milestones = {
         '1x': (12, [8, 11]),
         'ms-3x': (36, [27, 33]),
-        '12e': (12, [11])
+        '12e': (12, [11]),
     }[schedule]
     assert cfg.train_cfg.max_epochs == cfg.param_scheduler[-1].end == epochs
     assert cfg.param_scheduler[-1].milestones == milestones
@@ -145,7 +155,8 @@ def test_name_says_the_recipe(path):
     assert wrapper.optimizer.type == 'AdamW'
     assert wrapper.optimizer.lr == 1e-4
     assert wrapper.get('clip_grad') == (
-        dict(max_norm=0.1, norm_type=2) if detector == 'dino-4scale' else None)
+        dict(max_norm=0.1, norm_type=2) if detector == 'dino-4scale' else None
+    )
 
     loader = cfg.train_dataloader
     assert loader.batch_size == 2 and cfg.auto_scale_lr.base_batch_size == 16
@@ -154,12 +165,15 @@ def test_name_says_the_recipe(path):
     steps = [step.type for step in loader.dataset.pipeline]
     assert ('RandomChoice' in steps) == (schedule != '1x')
     test_steps = cfg.test_dataloader.dataset.pipeline
-    for step in [s for s in (*loader.dataset.pipeline, *test_steps)
-                 if s.type == 'Resize']:
+    for step in [
+        s
+        for s in (*loader.dataset.pipeline, *test_steps)
+        if s.type == 'Resize'
+    ]:
         assert step.scale == (1333, 800)
     masks = 'mask' in detector
     for pipeline in (loader.dataset.pipeline, test_steps):
-        annotations, = [s for s in pipeline if s.type == 'LoadAnnotations']
+        (annotations,) = [s for s in pipeline if s.type == 'LoadAnnotations']
         assert annotations.get('with_mask', False) == masks
     assert ('segm' in cfg.test_evaluator.metric) == masks
     # mmdet cannot merge masks: tools/test.py --tta then says so.
@@ -189,8 +203,11 @@ def test_one_step_on_the_true_layout(path, data, tmp_path, monkeypatch):
     moved = [
         k for k, p in model.named_parameters() if not torch.equal(p, before[k])
     ]
-    heads = ['roi_head.bbox_head', 'rpn_head', 'roi_head.mask_head'
-             ] if 'rcnn' in path.stem else ['bbox_head']
+    heads = (
+        ['roi_head.bbox_head', 'rpn_head', 'roi_head.mask_head']
+        if 'rcnn' in path.stem
+        else ['bbox_head']
+    )
     if 'dino' in path.stem:
         heads += ['encoder', 'decoder']
     for part in ('backbone.block1', 'backbone.block4', 'neck', *heads):
@@ -199,7 +216,8 @@ def test_one_step_on_the_true_layout(path, data, tmp_path, monkeypatch):
     metrics = ['bbox', 'segm'] if 'mask' in path.stem else ['bbox']
     for metric in metrics:
         value = runner.message_hub.get_scalar(
-            f'val/coco/{metric}_mAP').current()
+            f'val/coco/{metric}_mAP'
+        ).current()
         assert 0 <= value <= 1
 
     groups = runner.optim_wrapper.optimizer.param_groups
@@ -218,13 +236,17 @@ def test_one_step_on_the_true_layout(path, data, tmp_path, monkeypatch):
         assert set(rate.values()) == {1e-4}
 
 
-@pytest.mark.parametrize('path', [p for p in CONFIGS if 'small' in p.stem],
-                         ids=[n for n in names(CONFIGS) if 'small' in n])
+@pytest.mark.parametrize(
+    'path',
+    [p for p in CONFIGS if 'small' in p.stem],
+    ids=[n for n in names(CONFIGS) if 'small' in n],
+)
 def test_builds_whole(path):
     cfg = Config.fromfile(path)
     model = MODELS.build(copy.deepcopy(cfg.model))  # DINO writes into it
     classes = len(
-        DATASETS.get(cfg.train_dataloader.dataset.type).METAINFO['classes'])
+        DATASETS.get(cfg.train_dataloader.dataset.type).METAINFO['classes']
+    )
     found = {
         m.num_classes
         for name, m in model.named_modules()

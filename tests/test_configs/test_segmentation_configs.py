@@ -7,10 +7,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+
+from conftest import ROOT, run_tool
 
 pytest.importorskip('mmseg')
 from mmseg.registry import DATASETS  # noqa: E402
@@ -22,7 +23,8 @@ SHALLOW = dict(
     embed_dims=[96, 160, 320, 512],
     num_heads=[1, 2, 5, 8],
     mlp_ratios=[1, 1, 1, 1],
-    depths=[1, 1, 1, 1])
+    depths=[1, 1, 1, 1],
+)
 SHRINK = 8
 
 # Million parameters and thousand million multiply-adds at 512 x 512, of the
@@ -69,7 +71,8 @@ def data(tmp_path_factory):
             write(ade / 'images' / split / f'{name}.jpg', photograph(75, 101))
             labels = rng.integers(0, 151, (5, 7), dtype=np.uint8)
             labels = cv2.resize(
-                labels, (101, 75), interpolation=cv2.INTER_NEAREST)
+                labels, (101, 75), interpolation=cv2.INTER_NEAREST
+            )
             write(ade / 'annotations' / split / f'{name}.png', labels)
 
     cityscapes = root / 'cityscapes'
@@ -77,14 +80,25 @@ def data(tmp_path_factory):
         for number in (1, 2):
             name = f'{city}_{number:06d}_000019'
             write(
-                cityscapes / 'leftImg8bit' / split / city /
-                f'{name}_leftImg8bit.png', photograph(128, 256))
+                cityscapes
+                / 'leftImg8bit'
+                / split
+                / city
+                / f'{name}_leftImg8bit.png',
+                photograph(128, 256),
+            )
             labels = rng.choice([*range(19), 255], (4, 8)).astype(np.uint8)
             labels = cv2.resize(
-                labels, (256, 128), interpolation=cv2.INTER_NEAREST)
+                labels, (256, 128), interpolation=cv2.INTER_NEAREST
+            )
             write(
-                cityscapes / 'gtFine' / split / city /
-                f'{name}_gtFine_labelTrainIds.png', labels)
+                cityscapes
+                / 'gtFine'
+                / split
+                / city
+                / f'{name}_gtFine_labelTrainIds.png',
+                labels,
+            )
     return dict(ADE20KDataset=ade, CityscapesDataset=cityscapes)
 
 
@@ -104,11 +118,18 @@ def shrink_sizes(node):
 def small_run(path, data, work_dir):
     """The config's own recipe at an eighth of the size, with one step."""
     cfg = Config.fromfile(path)
-    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader',
-                'tta_pipeline'):
+    for key in (
+        'train_dataloader',
+        'val_dataloader',
+        'test_dataloader',
+        'tta_pipeline',
+    ):
         shrink_sizes(cfg[key])
-    for loader in (cfg.train_dataloader, cfg.val_dataloader,
-                   cfg.test_dataloader):
+    for loader in (
+        cfg.train_dataloader,
+        cfg.val_dataloader,
+        cfg.test_dataloader,
+    ):
         loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.data_root = str(data[loader.dataset.type])
     cfg.val_dataloader.dataset.indices = 1
@@ -145,7 +166,8 @@ def test_builds_whole(path):
     if model.with_auxiliary_head:
         assert model.auxiliary_head.num_classes == classes
     checks = [
-        step.num_classes for step in cfg.train_dataloader.dataset.pipeline
+        step.num_classes
+        for step in cfg.train_dataloader.dataset.pipeline
         if step.type == 'CheckLabels'
     ]
     assert checks == [classes]
@@ -156,13 +178,16 @@ def test_builds_whole(path):
 def test_name_says_the_recipe(path):
     cfg = Config.fromfile(path)
     arch, head, gpus, batch, thousands, size = re.fullmatch(
-        r'vvt-(\w+)_(fpn|upernet)_(\d)xb(\d)-(\d+)k_\w+-(\d+)x\6',
-        path.stem).groups()
+        r'vvt-(\w+)_(fpn|upernet)_(\d)xb(\d)-(\d+)k_\w+-(\d+)x\6', path.stem
+    ).groups()
     assert cfg.model.backbone.arch == arch
     assert cfg.model.backbone.init_cfg.checkpoint.endswith(
-        f'vvt-{arch}_in1k.pth')
-    assert cfg.model.decode_head.type == dict(
-        fpn='FPNHead', upernet='UPerHead')[head]
+        f'vvt-{arch}_in1k.pth'
+    )
+    assert (
+        cfg.model.decode_head.type
+        == dict(fpn='FPNHead', upernet='UPerHead')[head]
+    )
     assert cfg.train_dataloader.batch_size == int(batch)
     assert cfg.auto_scale_lr.base_batch_size == int(gpus) * int(batch)
     assert cfg.train_cfg.max_iters == int(thousands) * 1000
@@ -174,19 +199,23 @@ def test_name_says_the_recipe(path):
 def test_parameters_and_multiply_adds_of_the_paper():
     """The command line, and its table against the paper's."""
     paths = [
-        p for p in CONFIGS
+        p
+        for p in CONFIGS
         if p.stem.rsplit('_', 2)[0] in PUBLISHED and 'ade20k' in p.stem
     ]
     assert len(paths) == len(PUBLISHED)
-    done = run_tool('tools/analysis_tools/get_flops.py', *paths, '--shape',
-                    512)
+    done = run_tool(
+        'tools/analysis_tools/get_flops.py', *paths, '--shape', 512
+    )
     assert done.returncode == 0, done.stdout
     found = {}
     for line in done.stdout.splitlines():
         words = line.split()
         if line.startswith('vvt-') and len(words) == 4:
-            found[words[0].rsplit('_', 2)[0]] = (float(words[2]),
-                                                 float(words[3]))
+            found[words[0].rsplit('_', 2)[0]] = (
+                float(words[2]),
+                float(words[3]),
+            )
     assert set(found) == set(PUBLISHED)
     for name, (parameters, multiply_adds) in PUBLISHED.items():
         assert found[name][0] == pytest.approx(parameters, abs=0.15), name
@@ -226,11 +255,14 @@ def test_one_step_on_the_true_layout(path, data, tmp_path):
 
 
 @pytest.mark.parametrize('shape', [(128, 128), (64, 128)], ids=str)
-@pytest.mark.parametrize('name,size', [('vvt-nano_fpn_digit-scenes', 24),
-                                       ('vvt-nano_fpn_digit-scenes-3x', 48)])
+@pytest.mark.parametrize(
+    'name,size',
+    [('vvt-nano_fpn_digit-scenes', 24), ('vvt-nano_fpn_digit-scenes-3x', 48)],
+)
 def test_scenes_labels_are_those_in_the_middle(name, size, shape, tmp_path):
     """OpenCV's nearest pixel is to the upper left: strokes were shifted."""
     from mmengine.dataset import Compose
+
     labels = np.random.default_rng(0).integers(0, 11, shape, np.uint8)
     files = [str(tmp_path / file) for file in ('image.png', 'labels.png')]
     for file in files:
@@ -242,12 +274,16 @@ def test_scenes_labels_are_those_in_the_middle(name, size, shape, tmp_path):
             seg_map_path=files[1],
             label_map=None,
             reduce_zero_label=False,
-            seg_fields=[]))
+            seg_fields=[],
+        )
+    )
     # The middle of every third label is between two pixels.
     rows, cols = (
-        np.delete(np.arange(n * size // 128), np.s_[1::3]) for n in shape)
-    expected = labels[np.ix_(*(((i + 0.5) * 128 / size).astype(int)
-                               for i in (rows, cols)))]
+        np.delete(np.arange(n * size // 128), np.s_[1::3]) for n in shape
+    )
+    expected = labels[
+        np.ix_(*(((i + 0.5) * 128 / size).astype(int) for i in (rows, cols)))
+    ]
     found = packed['data_samples'].gt_sem_seg.data[0].numpy()
     assert found.shape == tuple(n * size // 128 for n in shape)
     assert np.array_equal(found[np.ix_(rows, cols)], expected)

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 from mmvvt.datasets import DigitScenes, write_digit_scenes
-from mmvvt.datasets.digit_scenes import (BACKGROUND, CLASSES, PALETTE,
-                                         PHOTOGRAPHS, SIZE, compose_scene,
-                                         load_photographs, run_lengths)
+from mmvvt.datasets.digit_scenes import (
+    BACKGROUND,
+    CLASSES,
+    PALETTE,
+    PHOTOGRAPHS,
+    SIZE,
+    compose_scene,
+    load_photographs,
+    run_lengths,
+)
 from mmvvt.datasets.digits import split_digits
 
 NUM_TRAIN, NUM_VAL = 12, 8
@@ -26,7 +33,8 @@ def scenes_root(tmp_path_factory):
 def files_of(root):
     return {
         str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob('*')) if path.is_file()
+        for path in sorted(root.rglob('*'))
+        if path.is_file()
     }
 
 
@@ -49,7 +57,8 @@ def test_layout(scenes_root):
         for number in range(count)
     }
     assert names == expected | {
-        'instances_training.json', 'instances_validation.json'
+        'instances_training.json',
+        'instances_validation.json',
     }
 
 
@@ -103,19 +112,21 @@ def test_labels_and_instances(scenes_root):
             assert labels.max() == BACKGROUND == 10
             again = np.full_like(labels, BACKGROUND)
             mine = [
-                a for a in found['annotations']
-                if a['image_id'] == image['id']
+                a for a in found['annotations'] if a['image_id'] == image['id']
             ]
             several += len(mine) > 1
             for annotation in mine:
-                mask = decode(annotation['segmentation']['counts'],
-                              labels.shape)
+                mask = decode(
+                    annotation['segmentation']['counts'], labels.shape
+                )
                 assert mask.sum() == annotation['area']
                 left, top, width, height = annotation['bbox']
                 rows, columns = np.nonzero(mask)
                 assert (left, top) == (columns.min(), rows.min())
-                assert (left + width, top + height) == (columns.max() + 1,
-                                                        rows.max() + 1)
+                assert (left + width, top + height) == (
+                    columns.max() + 1,
+                    rows.max() + 1,
+                )
                 # A person can read it, and most of it is on the picture.
                 assert height >= 16 and annotation['area'] >= 60
                 assert (again[mask] == BACKGROUND).all()  # no pixel twice
@@ -135,7 +146,8 @@ def test_every_digit_and_overlaps_occur():
         grown = np.zeros((SIZE, SIZE), int)
         for instance in scene.instances:
             grown += cv2.dilate(
-                instance.mask.astype(np.uint8), np.ones((3, 3), np.uint8))
+                instance.mask.astype(np.uint8), np.ones((3, 3), np.uint8)
+            )
         touching += (grown > 1).any()
     assert seen == set(range(10))
     assert touching >= 10
@@ -144,8 +156,11 @@ def test_every_digit_and_overlaps_occur():
 @pytest.mark.parametrize('shape', [(1, 1), (3, 5), (8, 8)])
 def test_run_lengths(shape):
     rng = np.random.default_rng(0)
-    for mask in (np.zeros(shape, bool), np.ones(shape, bool),
-                 rng.random(shape) < 0.5):
+    for mask in (
+        np.zeros(shape, bool),
+        np.ones(shape, bool),
+        rng.random(shape) < 0.5,
+    ):
         counts = run_lengths(mask)
         assert sum(counts) == mask.size
         assert (decode(counts, shape) == mask).all()
@@ -175,4 +190,5 @@ def test_bad_arguments(scenes_root, tmp_path):
         DigitScenes(data_root=str(scenes_root), split='test')
     with pytest.raises(FileNotFoundError, match='no scenes in'):
         DigitScenes(
-            data_root=str(tmp_path / 'none'), split='val', download=False)
+            data_root=str(tmp_path / 'none'), split='val', download=False
+        )

@@ -34,19 +34,22 @@ def test_images_are_the_scans(digits_root):
         number = int(os.path.basename(info['img_path'])[:4])
         image = mmcv.imread(info['img_path'], flag='grayscale')
         assert info['gt_label'] == digits.target[number]
-        assert np.array_equal(
-            np.rint(image / 255 * 16), digits.images[number])
+        assert np.array_equal(np.rint(image / 255 * 16), digits.images[number])
 
 
 def test_written_twice_the_same(digits_root, tmp_path):
     write_digits(str(tmp_path / 'again'))
-    first = sorted(p.relative_to(digits_root) for p in
-                   digits_root.rglob('*.png'))
-    again = sorted(p.relative_to(tmp_path / 'again') for p in
-                   (tmp_path / 'again').rglob('*.png'))
+    first = sorted(
+        p.relative_to(digits_root) for p in digits_root.rglob('*.png')
+    )
+    again = sorted(
+        p.relative_to(tmp_path / 'again')
+        for p in (tmp_path / 'again').rglob('*.png')
+    )
     assert first == again and len(first) == 1797
     assert (digits_root / first[5]).read_bytes() == (
-        tmp_path / 'again' / first[5]).read_bytes()
+        tmp_path / 'again' / first[5]
+    ).read_bytes()
 
 
 def test_makes_its_files_whole_or_not_at_all(tmp_path, monkeypatch):

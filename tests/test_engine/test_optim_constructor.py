@@ -1,17 +1,20 @@
 """Few parameter groups, with the options and the updates of many."""
 
 import torch
-from conftest import GOLDEN_ARCH, build_model
 from mmengine.optim import build_optim_wrapper
+
+from conftest import GOLDEN_ARCH, build_model
 
 MODEL = dict(type='VVT', arch=GOLDEN_ARCH, frozen_stages=0)
 # Two kinds of decay, and a stage with a rate of its own.
 OPTIONS = dict(
     optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1),
     paramwise_cfg=dict(
-        norm_decay_mult=0.,
-        bias_decay_mult=0.,
-        custom_keys=dict(block4=dict(lr_mult=0.5))))
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        custom_keys=dict(block4=dict(lr_mult=0.5)),
+    ),
+)
 MERGED = 'MergedOptimWrapperConstructor'
 PLAIN = 'DefaultOptimWrapperConstructor'
 
@@ -20,14 +23,17 @@ def build(constructor):
     torch.manual_seed(0)
     model = build_model(MODEL)
     return model, build_optim_wrapper(
-        model, dict(OPTIONS, constructor=constructor))
+        model, dict(OPTIONS, constructor=constructor)
+    )
 
 
 def options(model, wrapper):
     names = {parameter: name for name, parameter in model.named_parameters()}
-    found = [(names[parameter], (group['lr'], group['weight_decay']))
-             for group in wrapper.optimizer.param_groups
-             for parameter in group['params']]
+    found = [
+        (names[parameter], (group['lr'], group['weight_decay']))
+        for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
+    ]
     assert len(dict(found)) == len(found), 'a parameter is in two groups'
     return dict(found)
 
@@ -41,7 +47,7 @@ def test_same_options_in_fewer_groups():
     found = options(model, merged)
     assert len(found) == len(wanted) < len(list(model.parameters()))
     assert found == options(*build(PLAIN))
-    assert set(found.values()) == {(1e-2, 0.1), (1e-2, 0.), (5e-3, 0.1)}
+    assert set(found.values()) == {(1e-2, 0.1), (1e-2, 0.0), (5e-3, 0.1)}
 
 
 def test_same_updates():
@@ -61,5 +67,6 @@ def test_same_updates():
 def test_without_options_all_is_left_to_mmengine():
     model = build_model(MODEL)
     wrapper = build_optim_wrapper(
-        model, dict(optimizer=OPTIONS['optimizer'], constructor=MERGED))
+        model, dict(optimizer=OPTIONS['optimizer'], constructor=MERGED)
+    )
     assert len(wrapper.optimizer.param_groups) == 1

@@ -6,9 +6,9 @@ from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
-from conftest import ROOT, build_model
-
 from mmvvt.engine import optim_wrapper
+
+from conftest import ROOT, build_model
 
 
 def build(**options):
@@ -16,22 +16,26 @@ def build(**options):
     return parameter, OPTIM_WRAPPERS.build(
         dict(
             type='AutoAmpOptimWrapper',
-            optimizer=torch.optim.SGD([parameter], lr=1.),
-            **options))
+            optimizer=torch.optim.SGD([parameter], lr=1.0),
+            **options,
+        )
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_float32_on_the_cpu_and_says_so(monkeypatch):
     said = []
-    monkeypatch.setattr(optim_wrapper, 'print_log',
-                        lambda message, **_: said.append(message))
+    monkeypatch.setattr(
+        optim_wrapper, 'print_log', lambda message, **_: said.append(message)
+    )
     parameter, wrapper = build(
-        loss_scale='dynamic', dtype='float16', clip_grad=dict(max_norm=1.))
+        loss_scale='dynamic', dtype='float16', clip_grad=dict(max_norm=1.0)
+    )
     assert len(said) == 1 and 'No GPU' in said[0] and 'float32' in said[0]
     model = torch.nn.Linear(2, 2)
     with wrapper.optim_context(model):
         assert model(torch.ones(1, 2)).dtype == torch.float32
-    wrapper.update_params((parameter * torch.tensor([30., 40.])).sum())
+    wrapper.update_params((parameter * torch.tensor([30.0, 40.0])).sum())
     # the gradient, of norm 50, was clipped to norm 1
     torch.testing.assert_close(parameter.data, torch.tensor([0.4, 0.2]))
 
@@ -41,11 +45,14 @@ def test_mixed_precision_on_a_gpu():
     assert isinstance(build()[1], AmpOptimWrapper)
 
 
-@pytest.mark.parametrize('name', [
-    'classification/vvt-tiny_8xb128_in1k.py',
-    'classification/vvt-tiny_8xb128_cifar100.py',
-    'demo/vvt-nano_digits.py',
-])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'classification/vvt-tiny_8xb128_in1k.py',
+        'classification/vvt-tiny_8xb128_cifar100.py',
+        'demo/vvt-nano_digits.py',
+    ],
+)
 def test_no_weight_decay_on_biases_and_norms(name):
     cfg = Config.fromfile(ROOT / 'configs' / name)
     model = build_model(cfg.model)
@@ -58,7 +65,7 @@ def test_no_weight_decay_on_biases_and_norms(name):
     kinds = set()
     for key, parameter in model.named_parameters():
         # biases, and the weights of norms, are the one-dimensional ones
-        expected = 0. if parameter.ndim == 1 else 0.05
+        expected = 0.0 if parameter.ndim == 1 else 0.05
         assert decay[id(parameter)] == expected, key
         kinds.add(expected)
-    assert kinds == {0., 0.05}
+    assert kinds == {0.0, 0.05}

@@ -6,10 +6,11 @@ import cv2
 import mmengine
 import pytest
 import torch
-from conftest import ROOT, photograph
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
+
+from conftest import ROOT, photograph
 
 pytest.importorskip('mmdet')
 from mmdet.structures import DetDataSample  # noqa: E402
@@ -19,9 +20,14 @@ NANO = dict(
     embed_dims=[32, 64, 96, 128],
     num_heads=[1, 2, 3, 4],
     mlp_ratios=[4, 4, 4, 4],
-    depths=[1, 1, 2, 1])
-KINDS = ['retinanet_vvt_fpn', 'mask-rcnn_vvt_fpn', 'cascade-mask-rcnn_vvt_fpn',
-         'dino_vvt']
+    depths=[1, 1, 2, 1],
+)
+KINDS = [
+    'retinanet_vvt_fpn',
+    'mask-rcnn_vvt_fpn',
+    'cascade-mask-rcnn_vvt_fpn',
+    'dino_vvt',
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +46,10 @@ def nano_model(kind, **backbone):
         model.update(num_queries=20)
         model.test_cfg.max_per_img = 4
     elif model.type == 'RetinaNet':
-        model.test_cfg.update(score_thr=0., max_per_img=4)
+        model.test_cfg.update(score_thr=0.0, max_per_img=4)
     else:
         model.test_cfg.rpn.max_per_img = 8
-        model.test_cfg.rcnn.update(score_thr=0., max_per_img=4)
+        model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=4)
     return model
 
 
@@ -59,7 +65,8 @@ def test_pretrained_classifier_fills_the_backbone(kind, tmp_path, capfd):
     init_default_scope('mmpretrain')
     pytest.importorskip('mmpretrain')
     classifier = MODELS.build(
-        Config.fromfile(BASES / 'models' / 'vvt-nano_classifier.py').model)
+        Config.fromfile(BASES / 'models' / 'vvt-nano_classifier.py').model
+    )
     path = tmp_path / 'classifier.pth'
     torch.save(dict(state_dict=classifier.state_dict()), path)
 
@@ -67,7 +74,9 @@ def test_pretrained_classifier_fills_the_backbone(kind, tmp_path, capfd):
     model = build(
         kind,
         init_cfg=dict(
-            type='Pretrained', checkpoint=str(path), prefix='backbone.'))
+            type='Pretrained', checkpoint=str(path), prefix='backbone.'
+        ),
+    )
     assert 'unexpected key' not in (said := ''.join(capfd.readouterr()))
     assert 'missing keys' not in said
     state = classifier.backbone.state_dict()
@@ -85,13 +94,16 @@ def test_sizes_not_divisible_by_32(kind):
     samples = [
         DetDataSample(
             metainfo=dict(
-                img_shape=size, ori_shape=size, scale_factor=(1., 1.)))
+                img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)
+            )
+        )
         for size in sizes
     ]
     images = [torch.randint(256, (3, *size)).byte() for size in sizes]
     with torch.no_grad():
         data = model.data_preprocessor(
-            dict(inputs=images, data_samples=samples))
+            dict(inputs=images, data_samples=samples)
+        )
         assert data['inputs'].shape == (2, 3, 97, 150)
         results = model(**data, mode='predict')
     for result, (height, width) in zip(results, sizes):
@@ -111,12 +123,14 @@ def test_boxes_are_of_the_original_image(kind):
     model = build(kind)
     sample = DetDataSample(
         metainfo=dict(
-            img_shape=(96, 120), ori_shape=(48, 60), scale_factor=(2., 2.)))
+            img_shape=(96, 120), ori_shape=(48, 60), scale_factor=(2.0, 2.0)
+        )
+    )
     data = dict(
-        inputs=[torch.randint(256, (3, 96, 120)).byte()],
-        data_samples=[sample])
+        inputs=[torch.randint(256, (3, 96, 120)).byte()], data_samples=[sample]
+    )
     with torch.no_grad():
-        result, = model.test_step(data)
+        (result,) = model.test_step(data)
     found = result.pred_instances
     assert len(found) == 4 and found.bboxes.max() <= 60.01
     assert found.bboxes[:, 1::2].max() <= 48.01
@@ -131,7 +145,8 @@ def test_test_time_augmentation(kind, tmp_path):
     path = tmp_path / 'image.png'
     assert cv2.imwrite(str(path), photograph(60, 90))
     views = Compose(cfg.tta_pipeline)(
-        dict(img_path=str(path), img_id=0, instances=[]))
+        dict(img_path=str(path), img_id=0, instances=[])
+    )
     assert len(views['inputs']) == 6
 
     cfg.tta_model.tta_cfg.max_per_img = 7
@@ -139,7 +154,7 @@ def test_test_time_augmentation(kind, tmp_path):
     model.module.init_weights()
     model.eval()
     with torch.no_grad():
-        result, = model.test_step(pseudo_collate([views]))
+        (result,) = model.test_step(pseudo_collate([views]))
     found = result.pred_instances
     assert len(found) == 7  # of six times four
     assert (found.scores.diff() <= 0).all()
@@ -151,13 +166,16 @@ def test_test_time_augmentation(kind, tmp_path):
 @pytest.mark.parametrize('kind', ['retinanet_vvt_fpn', 'mask-rcnn_vvt_fpn'])
 def test_inferencer_on_a_photograph(kind, tmp_path):
     from mmdet.apis import DetInferencer
+
     dataset = 'instance' if 'mask' in kind else 'detection'
     cfg = Config.fromfile(BASES / 'detection_runtime.py')
     cfg.merge_from_dict(
-        dict(Config.fromfile(BASES / 'datasets' / f'coco_{dataset}.py')))
+        dict(Config.fromfile(BASES / 'datasets' / f'coco_{dataset}.py'))
+    )
     cfg.model = nano_model(kind)
-    resize, = [
-        step for step in cfg.test_dataloader.dataset.pipeline
+    (resize,) = [
+        step
+        for step in cfg.test_dataloader.dataset.pipeline
         if step.type == 'Resize'
     ]
     resize.scale = (320, 200)
@@ -168,16 +186,20 @@ def test_inferencer_on_a_photograph(kind, tmp_path):
     torch.save(
         dict(
             state_dict=model.state_dict(),
-            meta=dict(dataset_meta=dict(classes=classes))), weights)
+            meta=dict(dataset_meta=dict(classes=classes)),
+        ),
+        weights,
+    )
 
     inferencer = DetInferencer(cfg, str(weights), device='cpu')
     path = resources.files('sklearn') / 'datasets' / 'images' / 'china.jpg'
     result = inferencer(
         str(path),
         out_dir=str(tmp_path),
-        pred_score_thr=0.,
-        no_save_pred=False)
-    prediction, = result['predictions']
+        pred_score_thr=0.0,
+        no_save_pred=False,
+    )
+    (prediction,) = result['predictions']
     assert len(prediction['bboxes']) == len(prediction['scores']) == 4
     assert all(0 <= label < 80 for label in prediction['labels'])
     for x1, y1, x2, y2 in prediction['bboxes']:
@@ -189,5 +211,7 @@ def test_inferencer_on_a_photograph(kind, tmp_path):
     assert drawn.shape == (427, 640, 3)
     plain = photograph(427, 640).astype(int)
     assert (abs(drawn - plain).max(axis=2) > 60).sum() > 100  # the boxes
-    assert mmengine.load(tmp_path / 'preds' / 'china.json')['labels'] == \
-        prediction['labels']
+    assert (
+        mmengine.load(tmp_path / 'preds' / 'china.json')['labels']
+        == prediction['labels']
+    )

@@ -2,26 +2,35 @@
 
 import pytest
 import torch
-from conftest import GOLDEN_ARCH, relative_error
 
 from mmvvt.models import VVT, VicinityAttention
 from mmvvt.models import attention as attention_module
 from mmvvt.ops import linear
 
-CASES = ('sum', 'product', 'fr1', 'fr4', 'spatial_reduction', 'clamped_small',
-         'clamped_large')
+from conftest import GOLDEN_ARCH, relative_error
+
+CASES = (
+    'sum',
+    'product',
+    'fr1',
+    'fr4',
+    'spatial_reduction',
+    'clamped_small',
+    'clamped_large',
+)
 IMAGES = ('square', 'wide', 'odd')
 BACKENDS = ('torch', 'reference')
 TOLERANCE = {  # of outputs, of gradients
     torch.float64: (1e-7, 1e-7),
-    torch.float32: (1e-5, 1e-3)
+    torch.float32: (1e-5, 1e-3),
 }
 
 
 def tensors(file, prefix, dtype):
     return {
-        key[len(prefix):]: torch.from_numpy(file[key]).to(dtype)
-        for key in file.files if key.startswith(prefix)
+        key[len(prefix) :]: torch.from_numpy(file[key]).to(dtype)
+        for key in file.files
+        if key.startswith(prefix)
     }
 
 
@@ -37,7 +46,8 @@ def run_attention(golden, case, dtype, backend='torch'):
         se_ratio=se,
         sr_ratio=2 if case == 'spatial_reduction' else 1,
         locality='product' if case == 'product' else 'sum',
-        backend=backend).to(dtype)
+        backend=backend,
+    ).to(dtype)
     module.load_state_dict(tensors(file, f'{case}/weight/', dtype))
     out = module(x, tuple(file[f'{case}/hw'].tolist()))
     (out * torch.from_numpy(file[f'{case}/cotangent'])).sum().backward()
@@ -46,14 +56,14 @@ def run_attention(golden, case, dtype, backend='torch'):
         'grad_input': relative_error(x.grad, file[f'{case}/grad_input']),
     }
     for name, parameter in module.named_parameters():
-        errors[name] = relative_error(parameter.grad,
-                                      file[f'{case}/grad/{name}'])
+        errors[name] = relative_error(
+            parameter.grad, file[f'{case}/grad/{name}']
+        )
     return errors
 
 
-def run_backbone(golden, image, dtype, backend='torch', noise=0., seed=0):
-    """Likewise, for the backbone; ``noise`` is relative, on all it is given.
-    """
+def run_backbone(golden, image, dtype, backend='torch', noise=0.0, seed=0):
+    """The same for the backbone; ``noise`` is relative, on all inputs."""
     file = golden['backbone']
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,14 +74,14 @@ def run_backbone(golden, image, dtype, backend='torch', noise=0., seed=0):
         return t * (1 + noise * (2 * random - 1))
 
     model = VVT(
-        GOLDEN_ARCH, out_indices=(0, 1, 2, 3),
-        attn_cfg=dict(backend=backend)).to(dtype)
+        GOLDEN_ARCH, out_indices=(0, 1, 2, 3), attn_cfg=dict(backend=backend)
+    ).to(dtype)
     weights = {
-        k: disturb(t)
-        for k, t in tensors(file, 'weight/', dtype).items()
+        k: disturb(t) for k, t in tensors(file, 'weight/', dtype).items()
     }
-    head = [weights.pop(f'head.{n}').requires_grad_()
-            for n in ('weight', 'bias')]
+    head = [
+        weights.pop(f'head.{n}').requires_grad_() for n in ('weight', 'bias')
+    ]
     model.load_state_dict(weights)
     x = disturb(torch.from_numpy(file[f'{image}/input']).to(dtype))
     x.requires_grad_()
@@ -81,13 +91,16 @@ def run_backbone(golden, image, dtype, backend='torch', noise=0., seed=0):
     outputs = {'logits': relative_error(logits, file[f'{image}/logits'])}
     for i, stage in enumerate(stages, start=1):
         outputs[f'stage{i}'] = relative_error(stage, file[f'{image}/stage{i}'])
-    parameters = {**dict(model.named_parameters()),
-                  'head.weight': head[0], 'head.bias': head[1]}
+    parameters = {
+        **dict(model.named_parameters()),
+        'head.weight': head[0],
+        'head.bias': head[1],
+    }
     grads = {'grad_input': relative_error(x.grad, file[f'{image}/grad_input'])}
     prefix = f'{image}/grad/'
     for key in file.files:
         if key.startswith(prefix):
-            name = key[len(prefix):]
+            name = key[len(prefix) :]
             grads[name] = relative_error(parameters[name].grad, file[key])
     assert len(grads) > 50
     return outputs, grads
@@ -100,8 +113,10 @@ def test_attention(golden, case, dtype, backend):
     errors = run_attention(golden, case, dtype, backend)
     output, grad = TOLERANCE[dtype]
     out_error = errors.pop('output')
-    print(f'{case} {dtype} {backend}: output {out_error:.1e}, worst gradient '
-          f'{max(errors.values()):.1e}')  # shown by pytest -rP
+    print(
+        f'{case} {dtype} {backend}: output {out_error:.1e}, worst gradient '
+        f'{max(errors.values()):.1e}'
+    )  # shown by pytest -rP
     assert out_error < output
     for name, error in errors.items():
         assert error < grad, name
@@ -113,9 +128,11 @@ def test_attention(golden, case, dtype, backend):
 def test_backbone(golden, image, dtype, backend):
     outputs, grads = run_backbone(golden, image, dtype, backend)
     output_tolerance, grad_tolerance = TOLERANCE[dtype]
-    print(f'{image} {dtype} {backend}: worst output '
-          f'{max(outputs.values()):.1e}, worst gradient '
-          f'{max(grads.values()):.1e}')  # shown by pytest -rP
+    print(
+        f'{image} {dtype} {backend}: worst output '
+        f'{max(outputs.values()):.1e}, worst gradient '
+        f'{max(grads.values()):.1e}'
+    )  # shown by pytest -rP
     for name, error in outputs.items():
         assert error < output_tolerance, name
     if dtype == torch.float32:
@@ -124,8 +141,13 @@ def test_backbone(golden, image, dtype, backend):
         # 'square', where the sum of weights of one token is next to nothing.
         # What float32 arithmetic gives there depends on the processor.
         moved = max(
-            max(run_backbone(golden, image, torch.float64, 'torch', 2**-24,
-                             seed)[1].values()) for seed in range(8))
+            max(
+                run_backbone(
+                    golden, image, torch.float64, 'torch', 2**-24, seed
+                )[1].values()
+            )
+            for seed in range(8)
+        )
         grad_tolerance = max(grad_tolerance, 4 * moved)
         assert grad_tolerance < 2e-2
     for name, error in grads.items():
@@ -148,20 +170,24 @@ def drop_call(function, number, calls):
 # output, whose clamp changes too little here, see test_vicinity_attention.py);
 # backward, computed again: sums, numerator; masks: output, normaliser,
 # numerator, sums. Of the module: after out_proj.
-@pytest.mark.parametrize('module,name,number,total', [
-    *[(linear, 'magnitude_clamp', n, 6) for n in (0, 1, 2, 4, 5)],
-    *[(linear, 'mask_clamp_grad', n, 4) for n in range(4)],
-    (attention_module, 'magnitude_clamp', 0, 2),
-])
-def test_golden_data_tells_when_a_clamp_is_dropped(golden, module, name,
-                                                   number, total,
-                                                   monkeypatch):
-    worst = 0.
+@pytest.mark.parametrize(
+    'module,name,number,total',
+    [
+        *[(linear, 'magnitude_clamp', n, 6) for n in (0, 1, 2, 4, 5)],
+        *[(linear, 'mask_clamp_grad', n, 4) for n in range(4)],
+        (attention_module, 'magnitude_clamp', 0, 2),
+    ],
+)
+def test_golden_data_tells_when_a_clamp_is_dropped(
+    golden, module, name, number, total, monkeypatch
+):
+    worst = 0.0
     for case in CASES:
         calls = []
         with monkeypatch.context() as patch:
-            patch.setattr(module, name,
-                          drop_call(getattr(module, name), number, calls))
+            patch.setattr(
+                module, name, drop_call(getattr(module, name), number, calls)
+            )
             errors = run_attention(golden, case, torch.float64)
         assert len(calls) == total
         worst = max(worst, *errors.values())
@@ -179,5 +205,4 @@ def test_last_clamp():
     x = torch.randn(1, 6, 4)
     assert (module(x, (2, 3)) == 1e4).all()
     module.clamp = False
-    torch.testing.assert_close(
-        module(x, (2, 3)), torch.full((1, 6, 4), 1.2e4))
+    torch.testing.assert_close(module(x, (2, 3)), torch.full((1, 6, 4), 1.2e4))

@@ -5,11 +5,12 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
 from mmvvt.datasets import DigitScenes
+
+from conftest import ROOT
 
 pytest.importorskip('mmseg')
 
@@ -40,7 +41,9 @@ def test_pretrained_classifier_fills_the_backbone(tmp_path, capfd):
     init_default_scope('mmseg')
     cfg = demo_model(
         init_cfg=dict(
-            type='Pretrained', checkpoint=str(path), prefix='backbone.'))
+            type='Pretrained', checkpoint=str(path), prefix='backbone.'
+        )
+    )
     model = MODELS.build(cfg.model)
     model.init_weights()
     assert 'unexpected key' not in (said := ''.join(capfd.readouterr()))
@@ -57,10 +60,11 @@ def test_odd_sizes(mode, shape):
     cfg = demo_model()
     if mode == 'slide':
         cfg.model.test_cfg = dict(
-            mode='slide', crop_size=(64, 64), stride=(40, 40))
+            mode='slide', crop_size=(64, 64), stride=(40, 40)
+        )
     model = MODELS.build(cfg.model).eval()
     with torch.no_grad():
-        sample, = model.predict(torch.randn(1, 3, *shape))
+        (sample,) = model.predict(torch.randn(1, 3, *shape))
     assert sample.pred_sem_seg.shape == shape
     assert sample.seg_logits.data.isfinite().all()
 
@@ -70,22 +74,25 @@ def test_slide_of_one_crop_is_whole():
     model = MODELS.build(cfg.model).eval()
     image = torch.randn(1, 3, 61, 83)
     with torch.no_grad():
-        whole, = model.predict(image)
+        (whole,) = model.predict(image)
         model.test_cfg = ConfigDict(
-            mode='slide', crop_size=(96, 96), stride=(64, 64))
-        slide, = model.predict(image)
+            mode='slide', crop_size=(96, 96), stride=(64, 64)
+        )
+        (slide,) = model.predict(image)
     assert torch.equal(whole.seg_logits.data, slide.seg_logits.data)
 
 
 def test_inferencer_on_a_photograph(tmp_path):
     from mmseg.apis import MMSegInferencer
+
     cfg = demo_model()
     model = MODELS.build(cfg.model)
     weights = tmp_path / 'weights.pth'
     meta = DigitScenes.METAINFO
     torch.save(
         dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta)),
-        weights)
+        weights,
+    )
     inferencer = MMSegInferencer(cfg, str(weights), device='cpu')
     photograph = resources.files('sklearn') / 'datasets/images/flower.jpg'
     result = inferencer(str(photograph), out_dir=str(tmp_path))

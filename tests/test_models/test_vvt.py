@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from conftest import relative_error
 from mmengine.registry import MODELS
 
 from mmvvt.arch import resolve_arch
@@ -15,14 +14,18 @@ from mmvvt.models import VVT, VicinityAttention
 from mmvvt.ops import LOCALITIES, dispatch
 from mmvvt.ops.strips import common
 
+from conftest import relative_error
+
 NANO = dict(
     embed_dims=[8, 16, 24, 32],
     num_heads=[1, 2, 3, 4],
     mlp_ratios=[2, 2, 2, 2],
-    depths=[1, 1, 2, 1])
+    depths=[1, 1, 2, 1],
+)
 # With the 1000 classes of the head: VVT.md's exact counts.
 PARAMETERS = dict(
-    tiny=12882440, small=25492264, medium=47907304, large=61848520)
+    tiny=12882440, small=25492264, medium=47907304, large=61848520
+)
 ALL = (0, 1, 2, 3)
 
 
@@ -32,20 +35,31 @@ def nano(**options):
     return model
 
 
-@pytest.mark.parametrize('size', [(32, 32), (64, 96), (33, 47), (71, 45),
-                                  (100, 32)])
+@pytest.mark.parametrize(
+    'size', [(32, 32), (64, 96), (33, 47), (71, 45), (100, 32)]
+)
 def test_shapes(size):
     outs = nano(out_indices=ALL)(torch.randn(2, 3, *size))
     for i, out in enumerate(outs):
         stride = 4 * 2**i
-        assert out.shape == (2, NANO['embed_dims'][i],
-                             math.ceil(size[0] / stride),
-                             math.ceil(size[1] / stride))
+        assert out.shape == (
+            2,
+            NANO['embed_dims'][i],
+            math.ceil(size[0] / stride),
+            math.ceil(size[1] / stride),
+        )
 
 
-@pytest.mark.parametrize('given,stages', [((3, ), [3]), (3, [3]), (-1, [3]),
-                                          ((0, -1), [0, 3]),
-                                          ((-4, -3, -2, -1), [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    'given,stages',
+    [
+        ((3,), [3]),
+        (3, [3]),
+        (-1, [3]),
+        ((0, -1), [0, 3]),
+        ((-4, -3, -2, -1), [0, 1, 2, 3]),
+    ],
+)
 def test_out_indices(given, stages):
     x = torch.randn(1, 3, 32, 32)
     torch.manual_seed(1)
@@ -63,23 +77,24 @@ def test_out_indices(given, stages):
 def test_published_architectures(arch):
     model = VVT(arch)
     head = 512 * 1000 + 1000
-    assert sum(p.numel() for p in model.parameters()) + head == PARAMETERS[
-        arch]
+    assert (
+        sum(p.numel() for p in model.parameters()) + head == PARAMETERS[arch]
+    )
     expected = official_shapes(resolve_arch(arch), num_classes=1000)
     found = {k: tuple(t.shape) for k, t in model.state_dict().items()}
     assert found == {
-        k: shape
-        for k, shape in expected.items() if not k.startswith('head.')
+        k: shape for k, shape in expected.items() if not k.startswith('head.')
     }
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'large'])
 def test_every_parameter_gets_a_finite_gradient(arch):
-    model = VVT(arch, out_indices=ALL, drop_path_rate=0.)
+    model = VVT(arch, out_indices=ALL, drop_path_rate=0.0)
     model.init_weights()
     # A stage's norm sums to zero over channels: its square does not.
-    sum(out.square().sum() for out in model(torch.randn(1, 3, 64, 48))
-        ).backward()
+    sum(
+        out.square().sum() for out in model(torch.randn(1, 3, 64, 48))
+    ).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -90,7 +105,7 @@ def test_every_parameter_gets_a_finite_gradient(arch):
 @pytest.mark.parametrize('clamp', [True, False])
 def test_every_locality(locality, clamp):
     model = nano(attn_cfg=dict(locality=locality, clamp=clamp))
-    out, = model(torch.randn(1, 3, 64, 64))
+    (out,) = model(torch.randn(1, 3, 64, 64))
     assert out.isfinite().all()
 
 
@@ -101,7 +116,7 @@ def test_localities_differ():
     for locality in LOCALITIES:
         model = nano(attn_cfg=dict(locality=locality)).eval()
         model.load_state_dict(state)
-        outs[locality], = model(x)
+        (outs[locality],) = model(x)
     for a in LOCALITIES:
         for b in LOCALITIES:
             assert a == b or relative_error(outs[a], outs[b]) > 1e-5
@@ -127,8 +142,11 @@ def test_spatial_reduction_needs_a_grid():
 @pytest.mark.parametrize('frozen', [-1, 0, 2, 3])
 def test_frozen_stages(frozen):
     model = nano(
-        frozen_stages=frozen, out_indices=ALL, drop_rate=0.5,
-        drop_path_rate=0.5)
+        frozen_stages=frozen,
+        out_indices=ALL,
+        drop_rate=0.5,
+        drop_path_rate=0.5,
+    )
     assert model.train() is model
     for i in ALL:
         for part in (f'patch_embed{i + 1}', f'block{i + 1}', f'norm{i + 1}'):
@@ -147,7 +165,8 @@ def test_checkpointing_equals_plain():
     x = torch.randn(2, 3, 64, 64)
     plain = nano(out_indices=ALL, drop_path_rate=0.3, drop_rate=0.1)
     cheap = nano(
-        out_indices=ALL, drop_path_rate=0.3, drop_rate=0.1, with_cp=True)
+        out_indices=ALL, drop_path_rate=0.3, drop_rate=0.1, with_cp=True
+    )
     cheap.load_state_dict(plain.state_dict())
     results = []
     for model in (plain, cheap):
@@ -155,7 +174,8 @@ def test_checkpointing_equals_plain():
         outs = model(x)
         sum(out.square().sum() for out in outs).backward()
         results.append(
-            (outs, {n: p.grad for n, p in model.named_parameters()}))
+            (outs, {n: p.grad for n, p in model.named_parameters()})
+        )
     for out, want in zip(results[1][0], results[0][0]):
         assert torch.equal(out, want)
     for name, grad in results[1][1].items():
@@ -173,10 +193,11 @@ def test_checkpointing_recomputes_blocks():
 def test_drop_path_rises_to_its_rate():
     model = nano(drop_path_rate=0.4)
     rates = [
-        block.drop_path.drop_prob for i in ALL
+        block.drop_path.drop_prob
+        for i in ALL
         for block in getattr(model, f'block{i + 1}')
     ]
-    assert rates == pytest.approx([0., 0.1, 0.2, 0.3, 0.4])
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -200,8 +221,8 @@ def test_large_activations_in_half_precision(dtype):
     attention = VicinityAttention(8, num_heads=1, fr_ratio=1)
     with torch.no_grad():
         for name in ('q_proj', 'k_proj', 'v_proj'):
-            getattr(attention, name).weight.fill_(1.)
-            getattr(attention, name).bias.fill_(100.)
+            getattr(attention, name).weight.fill_(1.0)
+            getattr(attention, name).bias.fill_(100.0)
         attention.out_proj.weight.fill_(0.1)
     x = torch.randn(1, 128 * 128, 8)
     exact = copy.deepcopy(attention).double()(x.double(), (128, 128))
@@ -216,21 +237,25 @@ def test_channels_last():
     x = torch.randn(2, 3, 64, 72)
     expected = model(x)
     outs = model.to(memory_format=torch.channels_last)(
-        x.to(memory_format=torch.channels_last))
+        x.to(memory_format=torch.channels_last)
+    )
     for out, want in zip(outs, expected):
         assert relative_error(out, want) < 1e-5
 
 
-@pytest.mark.parametrize('memory_format',
-                         [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    'memory_format', [torch.contiguous_format, torch.channels_last]
+)
 def test_tokens_are_a_view_of_the_convolution(memory_format):
     """No copy between the two, whatever the layout of the image."""
     embed = nano().patch_embed1
     inputs = {}
     embed.proj.register_forward_hook(
-        lambda module, args, out: inputs.update(maps=out))
+        lambda module, args, out: inputs.update(maps=out)
+    )
     embed.norm.register_forward_pre_hook(
-        lambda module, args: inputs.update(tokens=args[0]))
+        lambda module, args: inputs.update(tokens=args[0])
+    )
     embed(torch.randn(2, 3, 64, 40).to(memory_format=memory_format))
     assert inputs['tokens'].is_contiguous()
     assert inputs['tokens'].data_ptr() == inputs['maps'].data_ptr()
@@ -252,7 +277,8 @@ def test_compiles_for_any_size():
     model = nano(out_indices=ALL).eval()
     torch._dynamo.reset()
     compiled = torch.compile(
-        model, fullgraph=True, dynamic=True, backend='aot_eager')
+        model, fullgraph=True, dynamic=True, backend='aot_eager'
+    )
     with torch.no_grad():
         for size in ((64, 64), (96, 80), (70, 45)):
             x = torch.randn(1, 3, *size)
@@ -277,7 +303,7 @@ def test_exports(monkeypatch):
     model = nano(out_indices=ALL).eval()
     x = torch.randn(1, 3, 64, 48)
     with torch.no_grad():
-        exported = torch.export.export(model, (x, )).module()
+        exported = torch.export.export(model, (x,)).module()
         for out, want in zip(exported(x), model(x)):
             assert relative_error(out, want) < 1e-5
 
@@ -289,7 +315,8 @@ def test_strips_leave_the_compiler_its_graph(monkeypatch):
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
     torch._dynamo.reset()
     compiled = torch.compile(
-        model, fullgraph=True, dynamic=True, backend='aot_eager')
+        model, fullgraph=True, dynamic=True, backend='aot_eager'
+    )
     for out, want, eager in zip(compiled(x), expected, model(x)):
         assert relative_error(out, want) < 1e-5
         assert relative_error(eager, want) < 1e-5
@@ -307,10 +334,13 @@ def test_initialisation():
             assert (module.weight == 1).all() and not module.bias.any()
         elif isinstance(module, nn.Conv2d):
             fan_out = (
-                module.kernel_size[0]**2 * module.out_channels /
-                module.groups)
+                module.kernel_size[0] ** 2
+                * module.out_channels
+                / module.groups
+            )
             assert module.weight.std().item() == pytest.approx(
-                math.sqrt(2 / fan_out), rel=0.1)
+                math.sqrt(2 / fan_out), rel=0.1
+            )
             assert not module.bias.any()
 
 
@@ -332,7 +362,9 @@ def test_pretrained_init_cfg(tmp_path):
     model = VVT(
         NANO,
         init_cfg=dict(
-            type='Pretrained', checkpoint=str(path), prefix='backbone.'))
+            type='Pretrained', checkpoint=str(path), prefix='backbone.'
+        ),
+    )
     model.init_weights()
     for key, tensor in source.state_dict().items():
         assert torch.equal(model.state_dict()[key], tensor), key
@@ -342,35 +374,64 @@ def test_pretrained_init_cfg(tmp_path):
 def test_builds_under_every_scope(scope):
     pytest.importorskip(scope)
     from mmengine.registry import DefaultScope
+
     with DefaultScope.overwrite_default_scope(scope):
         assert isinstance(MODELS.build(dict(type='VVT', arch=NANO)), VVT)
     registry = __import__(f'{scope}.registry', fromlist=['MODELS']).MODELS
     assert isinstance(registry.build(dict(type='VVT', arch=NANO)), VVT)
 
 
-@pytest.mark.parametrize('change,message', [
-    (dict(arch='huge'), r"arch must be one of \['tiny', 'small', 'medium', "
-     r"'large'\] or a dict, got 'huge'"),
-    (dict(arch=7), 'arch must be a name or a dict, got 7'),
-    (dict(arch={**NANO, 'depths': [1, 2, 3]}), r"arch\['depths'\] must be 4 "
-     r'positive integers, one a stage, got \[1, 2, 3\]'),
-    (dict(arch={**NANO, 'depths': [1, 2, 3, 0]}), 'positive'),
-    (dict(arch={k: v for k, v in NANO.items() if k != 'num_heads'}),
-     r"arch lacks the keys \['num_heads'\]"),
-    (dict(arch={**NANO, 'heads': [1, 1, 1, 1]}), r"unknown keys \['heads'\]"),
-    (dict(arch={**NANO, 'num_heads': [3, 2, 3, 4]}), 'embed_dims 8 of stage 0 '
-     r'cannot be divided by fr_ratio \* num_heads = 2 \* 3'),
-    (dict(out_indices=(0, 4)), r'out_indices must be within -4 to 3, got '
-     r'\(0, 4\)'),
-    (dict(out_indices=(3, 0)), r'rising order .* got \(3, 0\)'),
-    (dict(out_indices=()), 'one stage at least'),
-    (dict(frozen_stages=4), 'frozen_stages must be -1 .* to 3, got 4'),
-    (dict(drop_path_rate=1.), r'drop_path_rate must be in \[0, 1\), got 1.0'),
-    (dict(attn_cfg=dict(locality='2d')), "locality must be one of .*'2d'"),
-    (dict(attn_cfg=dict(se_ratio=3)), 'embed_dims 8 cannot be divided by '
-     'se_ratio 3'),
-    (dict(attn_cfg=dict(backend='fast')), "backend must be one of .*'fast'"),
-])
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (
+            dict(arch='huge'),
+            r"arch must be one of \['tiny', 'small', 'medium', "
+            r"'large'\] or a dict, got 'huge'",
+        ),
+        (dict(arch=7), 'arch must be a name or a dict, got 7'),
+        (
+            dict(arch={**NANO, 'depths': [1, 2, 3]}),
+            r"arch\['depths'\] must be 4 "
+            r'positive integers, one a stage, got \[1, 2, 3\]',
+        ),
+        (dict(arch={**NANO, 'depths': [1, 2, 3, 0]}), 'positive'),
+        (
+            dict(arch={k: v for k, v in NANO.items() if k != 'num_heads'}),
+            r"arch lacks the keys \['num_heads'\]",
+        ),
+        (
+            dict(arch={**NANO, 'heads': [1, 1, 1, 1]}),
+            r"unknown keys \['heads'\]",
+        ),
+        (
+            dict(arch={**NANO, 'num_heads': [3, 2, 3, 4]}),
+            'embed_dims 8 of stage 0 '
+            r'cannot be divided by fr_ratio \* num_heads = 2 \* 3',
+        ),
+        (
+            dict(out_indices=(0, 4)),
+            r'out_indices must be within -4 to 3, got '
+            r'\(0, 4\)',
+        ),
+        (dict(out_indices=(3, 0)), r'rising order .* got \(3, 0\)'),
+        (dict(out_indices=()), 'one stage at least'),
+        (dict(frozen_stages=4), 'frozen_stages must be -1 .* to 3, got 4'),
+        (
+            dict(drop_path_rate=1.0),
+            r'drop_path_rate must be in \[0, 1\), got 1.0',
+        ),
+        (dict(attn_cfg=dict(locality='2d')), "locality must be one of .*'2d'"),
+        (
+            dict(attn_cfg=dict(se_ratio=3)),
+            'embed_dims 8 cannot be divided by se_ratio 3',
+        ),
+        (
+            dict(attn_cfg=dict(backend='fast')),
+            "backend must be one of .*'fast'",
+        ),
+    ],
+)
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         VVT(**{'arch': NANO, **change})
@@ -382,26 +443,36 @@ def test_backend_that_cannot_run_is_refused_when_built(monkeypatch):
         VVT(NANO, attn_cfg=dict(backend='triton'))
 
 
-@pytest.mark.parametrize('shape,message', [
-    ((1, 3, 31, 64), '32 x 32 pixels or more, got 31 x 64'),
-    ((1, 3, 64, 8), '32 x 32 pixels or more, got 64 x 8'),
-    ((1, 1, 64, 64), r'must be \(B, 3, H, W\), got shape \(1, 1, 64, 64\)'),
-    ((3, 64, 64), r'must be \(B, 3, H, W\), got shape \(3, 64, 64\)'),
-])
+@pytest.mark.parametrize(
+    'shape,message',
+    [
+        ((1, 3, 31, 64), '32 x 32 pixels or more, got 31 x 64'),
+        ((1, 3, 64, 8), '32 x 32 pixels or more, got 64 x 8'),
+        (
+            (1, 1, 64, 64),
+            r'must be \(B, 3, H, W\), got shape \(1, 1, 64, 64\)',
+        ),
+        ((3, 64, 64), r'must be \(B, 3, H, W\), got shape \(3, 64, 64\)'),
+    ],
+)
 def test_bad_images(shape, message):
     with pytest.raises(ValueError, match=message):
         nano()(torch.zeros(shape))
 
 
 def test_attention_checks_its_grid():
-    with pytest.raises(ValueError, match=r'spatial_shape \(2, 2\) has 4 '
-                       'tokens, but x has 6'):
+    with pytest.raises(
+        ValueError,
+        match=r'spatial_shape \(2, 2\) has 4 '
+        'tokens, but x has 6',
+    ):
         VicinityAttention(8, 2)(torch.zeros(1, 6, 8), (2, 2))
 
 
 @pytest.mark.parametrize('has_gpu', [False, True])
 def test_construction_has_the_c_library_keep_freed_memory(
-        has_gpu, monkeypatch):
+    has_gpu, monkeypatch
+):
     """But not of a process that may never run it on the CPU."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
     common.keep_freed_memory.cache_clear()

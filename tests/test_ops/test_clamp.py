@@ -6,11 +6,10 @@ import torch
 from mmvvt.ops import magnitude_clamp, reference
 
 # below, at and above each bound, of both signs, and zero
-POINTS = [0., 1e-9, 9e-5, 1e-4, 2e-4, 1., 9e3, 1e4, 1.1e4, 1e30]
+POINTS = [0.0, 1e-9, 9e-5, 1e-4, 2e-4, 1.0, 9e3, 1e4, 1.1e4, 1e30]
 
 
-@pytest.mark.parametrize('clamp',
-                         [magnitude_clamp, reference.magnitude_clamp])
+@pytest.mark.parametrize('clamp', [magnitude_clamp, reference.magnitude_clamp])
 def test_values_and_gradient(clamp):
     positive = torch.tensor(POINTS, dtype=torch.float64)
     t = torch.cat([positive, -positive]).requires_grad_()
@@ -23,14 +22,16 @@ def test_values_and_gradient(clamp):
     assert (out[t == 0] == 0).all()
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16,
-                                   torch.float32])
+@pytest.mark.parametrize(
+    'dtype', [torch.float16, torch.bfloat16, torch.float32]
+)
 def test_keeps_the_dtype(dtype):
-    t = torch.tensor([1e-5, 3., -6e4], dtype=dtype)
+    t = torch.tensor([1e-5, 3.0, -6e4], dtype=dtype)
     out = magnitude_clamp(t)
     assert out.dtype == dtype
     torch.testing.assert_close(
-        out, torch.tensor([1e-4, 3., -1e4], dtype=dtype))
+        out, torch.tensor([1e-4, 3.0, -1e4], dtype=dtype)
+    )
 
 
 def test_does_not_change_its_input():

@@ -1,17 +1,18 @@
 """The branches of a block in strips against the same, layer by layer."""
 
 import copy
-import platform
 from collections import defaultdict
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import relative_error, run_tool
 
+from mmvvt.models import strips
 from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES
 from mmvvt.ops.strips import MLPWeights, common, mlp_branch
+
+from conftest import relative_error
 
 # Numbers of a strip, for blocks of some 16 channels and 64 hidden: three rows
 # at a time; the same by their number; a group of whole images.
@@ -19,7 +20,7 @@ STRIPS = dict(narrow=1, some=64 * 5 * 3, whole=10**7)
 GRIDS = [(7, 5), (4, 4), (1, 6), (6, 1), (2, 3), (1, 1)]
 
 
-def build_block(dtype=torch.float64, path_rate=0., drop_rate=0., **attn_cfg):
+def build_block(dtype=torch.float64, path_rate=0.0, drop_rate=0.0, **attn_cfg):
     block = VVTBlock(
         16,
         2,
@@ -28,17 +29,29 @@ def build_block(dtype=torch.float64, path_rate=0., drop_rate=0., **attn_cfg):
         1,
         drop_rate=drop_rate,
         drop_path_rate=path_rate,
-        attn_cfg=attn_cfg)
+        attn_cfg=attn_cfg,
+    )
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     return block.to(dtype)
 
 
+class LayerByLayer(VVTBlock):
+    """The same block without strips."""
+
+    def _forward(self, x, spatial_shape):
+        x = x + self.drop_path(self.attn(self.norm1(x), spatial_shape))
+        return x + self.drop_path(self.mlp(self.norm2(x), spatial_shape))
+
+
 def layer_by_layer(block):
-    """The same block with the strips switched off."""
     block = copy.deepcopy(block)
-    block._runs_in_strips = lambda x: False
+    block.__class__ = LayerByLayer
     return block
+
+
+def runs_in_strips(block, x, grid=(7, 5)):
+    return strips.find_obstacle(block, x, grid) is None
 
 
 def run(block, x, grid, cotangent):
@@ -50,8 +63,8 @@ def run(block, x, grid, cotangent):
     return dict(
         output=out.detach(),
         input=x.grad,
-        **{name: p.grad
-           for name, p in block.named_parameters()})
+        **{name: p.grad for name, p in block.named_parameters()},
+    )
 
 
 def assert_same(ours, expected, tolerance):
@@ -78,7 +91,7 @@ def strip_numbers(request, monkeypatch):
 def test_block(grid, training, strip_numbers):
     block = build_block().train(training)
     x = torch.randn(3, grid[0] * grid[1], 16, dtype=torch.float64)
-    assert block._runs_in_strips(x)
+    assert runs_in_strips(block, x, grid)
     cotangent = torch.randn_like(x)
     expected = run(layer_by_layer(block), x, grid, cotangent)
     assert_same(run(block, x, grid, cotangent), expected, 1e-9)
@@ -94,14 +107,19 @@ def test_every_form(locality, clamp, strip_numbers):
     cotangent = torch.randn_like(x)
     assert_same(
         run(block, x, (7, 5), cotangent),
-        run(layer_by_layer(block), x, (7, 5), cotangent), 1e-9)
+        run(layer_by_layer(block), x, (7, 5), cotangent),
+        1e-9,
+    )
 
 
-@pytest.mark.parametrize('names,scale', [
-    ('qkvo', 1e-5),
-    ('qkvo', 3e3),
-    ('k', 1e-5),  # sums that are clamped, under a numerator that is not
-])
+@pytest.mark.parametrize(
+    'names,scale',
+    [
+        ('qkvo', 1e-5),
+        ('qkvo', 3e3),
+        ('k', 1e-5),  # sums that are clamped, under a numerator that is not
+    ],
+)
 def test_active_clamps(names, scale, strip_numbers):
     """Inputs for which the clamps cut something off."""
     block = build_block()
@@ -109,7 +127,8 @@ def test_active_clamps(names, scale, strip_numbers):
         q=block.attn.q_proj,
         k=block.attn.k_proj,
         v=block.attn.v_proj,
-        o=block.attn.out_proj)
+        o=block.attn.out_proj,
+    )
     with torch.no_grad():
         for name in names:
             layers[name].weight.mul_(scale)
@@ -118,7 +137,9 @@ def test_active_clamps(names, scale, strip_numbers):
     cotangent = torch.randn_like(x)
     assert_same(
         run(block, x, (7, 5), cotangent),
-        run(layer_by_layer(block), x, (7, 5), cotangent), 1e-9)
+        run(layer_by_layer(block), x, (7, 5), cotangent),
+        1e-9,
+    )
 
 
 def test_gradcheck(strip_numbers):
@@ -131,13 +152,15 @@ def test_gradcheck(strip_numbers):
     names, tensors = zip(*block.named_parameters())
 
     def function(x, *parameters):
-        return torch.func.functional_call(block, dict(zip(names, parameters)),
-                                          (x, (4, 3)))
+        return torch.func.functional_call(
+            block, dict(zip(names, parameters)), (x, (4, 3))
+        )
 
     x = torch.randn(2, 12, 16, dtype=torch.float64, requires_grad=True)
-    assert block._runs_in_strips(x)
+    assert runs_in_strips(block, x, (4, 3))
     assert torch.autograd.gradcheck(
-        function, (x, *tensors), fast_mode=True, atol=1e-4)
+        function, (x, *tensors), fast_mode=True, atol=1e-4
+    )
 
 
 def test_poisoned_buffers(strip_numbers):
@@ -238,13 +261,25 @@ def test_input_is_left_as_it_was(grad, strip_numbers):
 
 
 def test_mlp_overwrites_where_told_and_nothing_records(strip_numbers):
-    weights = MLPWeights(*(torch.randn(shape) for shape in (
-        16, 16, (64, 16), 64, (64, 1, 3, 3), 64, (16, 64), 16)))
+    weights = MLPWeights(
+        *(
+            torch.randn(shape)
+            for shape in (
+                16,
+                16,
+                (64, 16),
+                64,
+                (64, 1, 3, 3),
+                64,
+                (16, 64),
+                16,
+            )
+        )
+    )
     x = torch.randn(2, 35, 16)
     expected = mlp_branch(x, (7, 5), weights, 1e-6)
     assert expected.data_ptr() != x.data_ptr()
-    kept = mlp_branch(
-        x.requires_grad_(), (7, 5), weights, 1e-6, inplace=True)
+    kept = mlp_branch(x.requires_grad_(), (7, 5), weights, 1e-6, inplace=True)
     assert kept.data_ptr() != x.data_ptr()
     with torch.no_grad():
         out = mlp_branch(x, (7, 5), weights, 1e-6, inplace=True)
@@ -253,85 +288,31 @@ def test_mlp_overwrites_where_told_and_nothing_records(strip_numbers):
         assert torch.equal(result, expected)
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != 'glibc', reason='of the GNU C library alone')
-@pytest.mark.parametrize('env', [{}, {'MALLOC_TRIM_THRESHOLD_': '131072'}])
-def test_freed_memory_is_kept_unless_the_user_says_otherwise(
-        env, monkeypatch):
-    for name in common.MALLOC_SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    code = '''
-import torch
-from mmvvt.ops.strips import keep_freed_memory
-
-def resident():
-    with open('/proc/self/status') as file:
-        return next(int(line.split()[1]) >> 10 for line in file
-                    if line.startswith('VmRSS'))
-
-keep_freed_memory()
-before = resident()
-tensors = [torch.ones(5 << 20) for _ in range(10)]
-del tensors
-print(resident() - before)
-'''
-    done = run_tool('-c', code, env=env)
-    assert done.returncode == 0, done.stdout
-    kept = int(done.stdout.split()[-1])
-    assert kept > 150 if not env else kept < 50  # of 200 MiB
-
-
 def test_double_backward_is_refused():
     block = build_block()
     x = torch.randn(1, 35, 16, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match='create_graph.*reference'):
         torch.autograd.grad(block(x, (7, 5)).sum(), x, create_graph=True)
     plain = build_block(backend='reference')
-    grad, = torch.autograd.grad(
-        plain(x, (7, 5)).sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(plain(x, (7, 5)).sum(), x, create_graph=True)
     grad.square().sum().backward()
     assert x.grad.abs().sum() > 0
 
 
-class Doubled(nn.Linear):
-    """A layer that someone puts in the place of another."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_replaced_and_hooked_layers_are_called():
-    block = build_block()
-    x = torch.randn(2, 35, 16, dtype=torch.float64)
-    replaced = copy.deepcopy(block)
-    replaced.mlp.fc2.__class__ = Doubled
-    assert not replaced._runs_in_strips(x)
-    assert not torch.equal(replaced(x, (7, 5)), block(x, (7, 5)))
-
-    seen = []
-    handle = block.attn.q_proj.register_forward_hook(
-        lambda module, inputs, output: seen.append(output))
-    assert not block._runs_in_strips(x)
-    block(x, (7, 5))
-    assert len(seen) == 1
-    handle.remove()
-    assert block._runs_in_strips(x)
-
-
 def test_what_goes_layer_by_layer(monkeypatch):
     x = torch.randn(2, 35, 16, dtype=torch.float64)
-    assert not build_block(backend='reference')._runs_in_strips(x)
+    assert not runs_in_strips(build_block(backend='reference'), x)
     dropout = build_block(drop_rate=0.1)
-    assert not dropout.train()._runs_in_strips(x)
-    assert dropout.eval()._runs_in_strips(x)
-    assert not build_block(torch.bfloat16)._runs_in_strips(x.bfloat16())
-    assert not build_block()._runs_in_strips(x.float())  # of two types
+    assert not runs_in_strips(dropout.train(), x)
+    assert runs_in_strips(dropout.eval(), x)
+    assert not runs_in_strips(build_block(torch.bfloat16), x.bfloat16())
+    assert not runs_in_strips(build_block(), x.float())  # of two types
     with torch.autocast('cpu', torch.bfloat16):
-        assert not build_block()._runs_in_strips(x)
+        assert not runs_in_strips(build_block(), x)
     # as many numbers as in the hidden layers of two images
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 2 * 35 * 64)
-    assert not build_block()._runs_in_strips(x)
-    assert build_block()._runs_in_strips(torch.cat([x, x[:1]]))
+    assert not runs_in_strips(build_block(), x)
+    assert runs_in_strips(build_block(), torch.cat([x, x[:1]]))
 
 
 def test_cut_covers_everything_once(strip_numbers):
@@ -345,12 +326,13 @@ def test_cut_covers_everything_once(strip_numbers):
                 counts[images, rows] += 1
                 count = rows.stop - rows.start
                 assert count >= 3 or len(pieces) == 1 or rows == pieces[-1]
-                strip = torch.arange(rows.start + 1., rows.stop + 1.)
+                strip = torch.arange(rows.start + 1.0, rows.stop + 1.0)
                 strip = strip.view(1, -1, 1, 1).expand(
-                    images.stop - images.start, -1, width, 2)
+                    images.stop - images.start, -1, width, 2
+                )
                 seen, rows, padding = window.push(strip, rows)
                 covered[images, rows] += 1
-                wanted = torch.arange(rows.start, rows.stop + 2.)
+                wanted = torch.arange(rows.start, rows.stop + 2.0)
                 wanted[wanted == height + 1] = 0  # below the image, and above
                 if padding:
                     wanted = wanted[1:-1]
@@ -363,6 +345,6 @@ def test_half_of_a_batch_is_the_same():
     block = build_block().eval()
     x = torch.randn(4, 35, 16, dtype=torch.float64)
     with torch.no_grad():
-        assert relative_error(block(x[:2], (7, 5)),
-                              block(x, (7, 5))[:2]) < 1e-12
-
+        assert (
+            relative_error(block(x[:2], (7, 5)), block(x, (7, 5))[:2]) < 1e-12
+        )

@@ -8,37 +8,60 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, relative_error
-from triton_testing import (DEVICE, INTERPRETED, needs_kernels, poison,
-                            run_interpreted)
 
 from mmvvt.ops import LOCALITIES, check_backend, reference
 from mmvvt.ops import vicinity_attention as attend
+
+from conftest import ROOT, relative_error
+from triton_testing import (
+    DEVICE,
+    INTERPRETED,
+    needs_kernels,
+    poison,
+    run_interpreted,
+)
 
 sys.path.append(str(ROOT / 'tests' / 'test_models'))
 from test_golden import CASES, TOLERANCE, run_attention  # noqa: E402
 
 # h, w of queries and keys: square, wide, one row, one column, one token, keys
 # on a grid of their own; none fills a tile of 16, 32 or 64 tokens.
-GRIDS = [((7, 7), None), ((5, 14), None), ((1, 11), None), ((9, 1), None),
-         ((1, 1), None), ((6, 9), (3, 4)), ((3, 4), (6, 9))]
+GRIDS = [
+    ((7, 7), None),
+    ((5, 14), None),
+    ((1, 11), None),
+    ((9, 1), None),
+    ((1, 1), None),
+    ((6, 9), (3, 4)),
+    ((3, 4), (6, 9)),
+]
 HALF = [torch.bfloat16, torch.float16]
 
 
-def make_inputs(query_shape, key_shape=None, batch=2, heads=3, d=5,
-                dtype=torch.float32, scale=1.):
+def make_inputs(
+    query_shape,
+    key_shape=None,
+    batch=2,
+    heads=3,
+    d=5,
+    dtype=torch.float32,
+    scale=1.0,
+):
     """q, k, v as a model's heads are: views of ``(B, N, heads, d)``."""
     n = query_shape[0] * query_shape[1]
     m = n if key_shape is None else key_shape[0] * key_shape[1]
-    return [(scale * torch.randn(batch, tokens, heads, d)).to(
-        DEVICE, dtype).transpose(1, 2).requires_grad_()
-            for tokens in (n, m, m)]
+    return [
+        (scale * torch.randn(batch, tokens, heads, d))
+        .to(DEVICE, dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for tokens in (n, m, m)
+    ]
 
 
 def run(inputs, shape, backend, dtype=None, cotangent=None, **kwargs):
     """Output and gradients by name, in a dtype of choice."""
-    inputs = [t.detach().to(dtype or t.dtype).requires_grad_()
-              for t in inputs]
+    inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     out = attend(*inputs, shape, backend=backend, **kwargs)
     if cotangent is None:
         torch.manual_seed(1)
@@ -68,7 +91,7 @@ def test_grids(query_shape, key_shape, clamp):
     batch = 2 if key_shape else 1
     inputs = make_inputs(query_shape, key_shape, batch, heads=2)
     # Of one token the gradient of q is eps times what cancels: eps is large.
-    compare(inputs, query_shape, key_shape=key_shape, clamp=clamp, eps=1.)
+    compare(inputs, query_shape, key_shape=key_shape, clamp=clamp, eps=1.0)
 
 
 @needs_kernels
@@ -84,11 +107,11 @@ def test_localities(locality, clamp):
 def test_head_dims(d):
     heads = 2 if d < 64 else 1
     inputs = make_inputs((4, 9), batch=1, heads=heads, d=d)
-    compare(inputs, (4, 9), eps=1.)
+    compare(inputs, (4, 9), eps=1.0)
 
 
 @needs_kernels
-@pytest.mark.parametrize('scale', [0.1, 30.])
+@pytest.mark.parametrize('scale', [0.1, 30.0])
 def test_where_clamps_bite(scale):
     compare(make_inputs((5, 7), batch=1, heads=2, scale=scale), (5, 7))
 
@@ -96,13 +119,19 @@ def test_where_clamps_bite(scale):
 @needs_kernels
 def test_each_clamp():
     """Inputs at which one of the four clamps after the other decides."""
-    for values, eps in (((1e-3, 100., 100.), 1e-4), ((1e-9, 1., 1.), 1e-5),
-                        ((100., 1., 10.), 1e-4), ((10., 10., 1e-6), 1e-4)):
-        inputs = [torch.full((1, 1, 64, 2), value, device=DEVICE)
-                  for value in values]
+    for values, eps in (
+        ((1e-3, 100.0, 100.0), 1e-4),
+        ((1e-9, 1.0, 1.0), 1e-5),
+        ((100.0, 1.0, 10.0), 1e-4),
+        ((10.0, 10.0, 1e-6), 1e-4),
+    ):
+        inputs = [
+            torch.full((1, 1, 64, 2), value, device=DEVICE) for value in values
+        ]
         ours = attend(*inputs, (8, 8), eps=eps, backend='triton')
-        want = attend(*(t.double() for t in inputs), (8, 8), eps=eps,
-                      backend='reference')
+        want = attend(
+            *(t.double() for t in inputs), (8, 8), eps=eps, backend='reference'
+        )
         assert relative_error(ours.cpu(), want.cpu()) < 1e-5, values
 
 
@@ -118,7 +147,7 @@ def test_normaliser_has_a_gradient():
     """Values that are all the same leave the normaliser's gradient alone."""
     q, k, v = make_inputs((4, 6), batch=1)
     inputs = q, k, torch.ones_like(v)
-    shape = dict(clamp=False, eps=1., cotangent=torch.ones(q.shape))
+    shape = dict(clamp=False, eps=1.0, cotangent=torch.ones(q.shape))
     assert run(inputs, (4, 6), 'reference', **shape)['q'].norm() > 1e-3
     compare(inputs, (4, 6), **shape)
 
@@ -126,12 +155,16 @@ def test_normaliser_has_a_gradient():
 @needs_kernels
 def test_any_strides():
     """Gaps between numbers, tokens and heads, and a gradient of stride 0."""
+
     def gaps():
         wide = torch.randn(2, 3, 2 * 35, 10, device=DEVICE)
         return wide[:, :, ::2, 1::2]
 
-    compare([gaps() for _ in range(3)], (5, 7),
-            cotangent=torch.ones(1).expand(2, 3, 35, 5))
+    compare(
+        [gaps() for _ in range(3)],
+        (5, 7),
+        cotangent=torch.ones(1).expand(2, 3, 35, 5),
+    )
 
 
 @needs_kernels
@@ -199,10 +232,17 @@ def test_low_precision(dtype, locality):
 @pytest.mark.parametrize('dtype', HALF)
 def test_no_overflow(dtype, clamp):
     # Key-value sums of 2e7: 65 504 is the largest float16.
-    q, k, v = (torch.full((1, 1, 256, 16), value, dtype=dtype, device=DEVICE)
-               for value in (300., 300., 300.))
-    ours = run((q, k, v), (16, 16), 'triton', clamp=clamp,
-               cotangent=torch.full(q.shape, 1e-3))
+    q, k, v = (
+        torch.full((1, 1, 256, 16), value, dtype=dtype, device=DEVICE)
+        for value in (300.0, 300.0, 300.0)
+    )
+    ours = run(
+        (q, k, v),
+        (16, 16),
+        'triton',
+        clamp=clamp,
+        cotangent=torch.full(q.shape, 1e-3),
+    )
     for name, t in ours.items():
         assert t.isfinite().all(), name
     if not clamp:  # all values are the same, and so is their mean
@@ -234,8 +274,9 @@ def test_golden(golden, case):
 def test_compiles_in_one_graph(dynamic):
     inputs = make_inputs((5, 7), batch=2)
     torch._dynamo.reset()
-    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic,
-                             backend='aot_eager')
+    compiled = torch.compile(
+        attend, fullgraph=True, dynamic=dynamic, backend='aot_eager'
+    )
     out = compiled(*inputs, (5, 7), backend='triton')
     expected = attend(*inputs, (5, 7), backend='triton')
     assert torch.equal(out, expected)
@@ -248,9 +289,11 @@ def test_compiles_in_one_graph(dynamic):
 
 @needs_kernels
 def test_what_the_kernels_refuse():
-    for change, reason in ((dict(dtype=torch.float64), 'q is torch.float64'),
-                           (dict(d=129), 'up to 128 channels, q has 129'),
-                           (dict(batch=0), 'q is empty')):
+    for change, reason in (
+        (dict(dtype=torch.float64), 'q is torch.float64'),
+        (dict(d=129), 'up to 128 channels, q has 129'),
+        (dict(batch=0), 'q is empty'),
+    ):
         inputs = make_inputs((2, 2), **change)
         with pytest.raises(RuntimeError, match=reason):
             attend(*inputs, (2, 2), backend='triton')

@@ -1,30 +1,43 @@
 """The linear forms against the quadratic oracle, in outputs and gradients."""
 
+import sys
+import threading
+
 import pytest
 import torch
-from conftest import relative_error, run_tool
 
 from mmvvt.ops import LOCALITIES, angles, linear, reference
 from mmvvt.ops import vicinity_attention as attend
 
+from conftest import relative_error, run_tool
+
 # h, w of queries and keys: square, wide, one row, one column, one token,
 # keys on a grid of their own
-GRIDS = [((7, 7), None), ((5, 13), None), ((1, 11), None), ((9, 1), None),
-         ((1, 1), None), ((6, 9), (3, 4))]
+GRIDS = [
+    ((7, 7), None),
+    ((5, 13), None),
+    ((1, 11), None),
+    ((9, 1), None),
+    ((1, 1), None),
+    ((6, 9), (3, 4)),
+]
 
 
-def make_inputs(query_shape, key_shape, heads=3, d=5, batch=2, scale=1.):
+def make_inputs(query_shape, key_shape, heads=3, d=5, batch=2, scale=1.0):
     n = query_shape[0] * query_shape[1]
     m = n if key_shape is None else key_shape[0] * key_shape[1]
     return [
-        (torch.randn(batch, heads, tokens, d, dtype=torch.float64) *
-         scale).requires_grad_() for tokens in (n, m, m)
+        (
+            torch.randn(batch, heads, tokens, d, dtype=torch.float64) * scale
+        ).requires_grad_()
+        for tokens in (n, m, m)
     ]
 
 
 def oracle(q, k, v, query_shape, key_shape, locality):
-    return reference.quadratic_attention(q, k, v, query_shape, key_shape
-                                         or query_shape, locality, 1e-4)
+    return reference.quadratic_attention(
+        q, k, v, query_shape, key_shape or query_shape, locality, 1e-4
+    )
 
 
 @pytest.fixture(params=['rows and columns', 'one wide product'])
@@ -51,7 +64,8 @@ def test_linear_equals_quadratic(query_shape, key_shape, locality):
         key_shape=key_shape,
         locality=locality,
         clamp=False,
-        backend='torch')
+        backend='torch',
+    )
     grads = torch.autograd.grad(out, (q, k, v), cotangent)
     assert relative_error(out, expected) < 1e-10
     for name, grad, want in zip('qkv', grads, expected_grads):
@@ -62,44 +76,54 @@ def test_linear_equals_quadratic(query_shape, key_shape, locality):
 def test_oracle_by_hand(locality):
     """The definition for one pair of tokens, written out."""
     import math
-    q = torch.tensor([[[[2.], [3.]]]], dtype=torch.float64)
-    k = torch.tensor([[[[5.], [7.]]]], dtype=torch.float64)
-    v = torch.tensor([[[[1.], [-1.]]]], dtype=torch.float64)
+
+    q = torch.tensor([[[[2.0], [3.0]]]], dtype=torch.float64)
+    k = torch.tensor([[[[5.0], [7.0]]]], dtype=torch.float64)
+    v = torch.tensor([[[[1.0], [-1.0]]]], dtype=torch.float64)
     # a grid of 2 x 1: rows at 0 and pi / 4, columns at 0
     far = {
         'sum': math.cos(math.pi / 4) + 1,
         'product': math.cos(math.pi / 4),
         '1d': math.cos(math.pi / 4),
-        'none': 1.
+        'none': 1.0,
     }[locality]
-    near = 2. if locality == 'sum' else 1.
+    near = 2.0 if locality == 'sum' else 1.0
     weights = [[2 * 5 * near, 2 * 7 * far], [3 * 5 * far, 3 * 7 * near]]
     expected = [(w[0] - w[1]) / (w[0] + w[1] + 1e-4) for w in weights]
     out = attend(
-        q, k, v, (2, 1), locality=locality, clamp=False, backend='reference')
+        q, k, v, (2, 1), locality=locality, clamp=False, backend='reference'
+    )
     # the angles are float32 numbers
     torch.testing.assert_close(
         out.flatten(),
         torch.tensor(expected, dtype=torch.float64),
         rtol=0,
-        atol=1e-7)
+        atol=1e-7,
+    )
 
 
 @pytest.mark.usefixtures('both_forms')
 @pytest.mark.parametrize('locality', LOCALITIES)
-@pytest.mark.parametrize('scale', [0.1, 1., 1e2])
+@pytest.mark.parametrize('scale', [0.1, 1.0, 1e2])
 def test_clamped_forms_agree(locality, scale):
     """Where clamps bite: small and large values."""
     q, k, v = make_inputs((6, 9), (3, 4), scale=scale)
     results = {}
     for backend in ('reference', 'torch'):
         out = attend(
-            q, k, v, (6, 9), key_shape=(3, 4), locality=locality,
-            backend=backend)
+            q,
+            k,
+            v,
+            (6, 9),
+            key_shape=(3, 4),
+            locality=locality,
+            backend=backend,
+        )
         grads = torch.autograd.grad(out.square().sum(), (q, k, v))
         results[backend] = (out, *grads)
-    for name, ours, plain in zip(('output', 'q', 'k', 'v'), results['torch'],
-                                 results['reference']):
+    for name, ours, plain in zip(
+        ('output', 'q', 'k', 'v'), results['torch'], results['reference']
+    ):
         assert relative_error(ours, plain) < 1e-9, name
 
 
@@ -108,9 +132,10 @@ def test_normaliser_has_a_gradient():
     """Values that are all the same leave the normaliser's gradient alone."""
     q, k, _ = make_inputs((4, 6), None)
     v = torch.ones_like(k)
-    out = attend(q, k, v, (4, 6), clamp=False, eps=1., backend='torch')
-    expected = reference.quadratic_attention(q, k, v, (4, 6), (4, 6), 'sum',
-                                             1.)
+    out = attend(q, k, v, (4, 6), clamp=False, eps=1.0, backend='torch')
+    expected = reference.quadratic_attention(
+        q, k, v, (4, 6), (4, 6), 'sum', 1.0
+    )
     grads = torch.autograd.grad(out.sum(), (q, k))
     wants = torch.autograd.grad(expected.sum(), (q, k))
     for grad, want in zip(grads, wants):
@@ -128,9 +153,11 @@ def test_gradcheck(locality):
         return attend(
             q.abs() + 0.1,
             k.abs() + 0.1,
-            v, (2, 3),
+            v,
+            (2, 3),
             locality=locality,
-            backend='torch')
+            backend='torch',
+        )
 
     assert torch.autograd.gradcheck(f, (q, k, v))
 
@@ -143,12 +170,19 @@ def test_gradients_have_gradients(locality, key_shape):
     results = {}
     for backend in ('reference', 'torch'):
         out = attend(
-            q, k, v, (4, 5), key_shape=key_shape, locality=locality,
-            backend=backend)
+            q,
+            k,
+            v,
+            (4, 5),
+            key_shape=key_shape,
+            locality=locality,
+            backend=backend,
+        )
         # of q and v alone: k's is not asked for
         grads = torch.autograd.grad(out.sin().sum(), (q, v), create_graph=True)
         again = torch.autograd.grad(
-            sum(g.square().sum() for g in grads), (q, k, v))
+            sum(g.square().sum() for g in grads), (q, k, v)
+        )
         results[backend] = (*grads, *again)
     for ours, plain in zip(results['torch'], results['reference']):
         assert plain.norm() > 0
@@ -163,11 +197,13 @@ def test_gradients_of_some_inputs(wanted):
     for create_graph in (False, True):
         grads = [
             torch.autograd.grad(
-                attend(**inputs, spatial_shape=(4, 5),
-                       backend=backend).sin().sum(),
+                attend(**inputs, spatial_shape=(4, 5), backend=backend)
+                .sin()
+                .sum(),
                 [inputs[name] for name in wanted],
-                create_graph=create_graph) for backend in ('torch',
-                                                           'reference')
+                create_graph=create_graph,
+            )
+            for backend in ('torch', 'reference')
         ]
         for ours, plain in zip(*grads):
             assert relative_error(ours, plain) < 1e-10
@@ -178,7 +214,8 @@ def test_gradients_of_some_inputs(wanted):
 def test_keeps_its_inputs_and_small_sums(locality, dtype):
     q, k, v = (
         t.detach().to(dtype).requires_grad_()
-        for t in make_inputs((16, 16), None))
+        for t in make_inputs((16, 16), None)
+    )
     inputs = {t.data_ptr() for t in (q, k, v)}
     kept = []
 
@@ -207,10 +244,11 @@ def test_backward_leaves_the_gradient_it_is_given():
 
 def test_backward_inside_autocast():
     q, k, v = (
-        t.detach().float().requires_grad_()
-        for t in make_inputs((9, 12), None))
+        t.detach().float().requires_grad_() for t in make_inputs((9, 12), None)
+    )
     expected = torch.autograd.grad(
-        attend(q, k, v, (9, 12), backend='torch').sum(), (q, k, v))
+        attend(q, k, v, (9, 12), backend='torch').sum(), (q, k, v)
+    )
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out = attend(q, k, v, (9, 12), backend='torch')
         grads = torch.autograd.grad(out.sum(), (q, k, v))
@@ -218,16 +256,19 @@ def test_backward_inside_autocast():
         assert torch.equal(grad, want)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16,
-                                   torch.float16])
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.bfloat16, torch.float16]
+)
 @pytest.mark.parametrize('locality', LOCALITIES)
 def test_low_precision(dtype, locality):
     """Not worse than twice the plain formula in the same dtype."""
     q, k, v = (t.detach().to(dtype) for t in make_inputs((16, 20), None))
-    exact = reference.linear_attention(q.double(), k.double(), v.double(),
-                                       (16, 20), (16, 20), locality, 1e-4)
-    plain = reference.linear_attention(q, k, v, (16, 20), (16, 20), locality,
-                                       1e-4)
+    exact = reference.linear_attention(
+        q.double(), k.double(), v.double(), (16, 20), (16, 20), locality, 1e-4
+    )
+    plain = reference.linear_attention(
+        q, k, v, (16, 20), (16, 20), locality, 1e-4
+    )
     ours = attend(q, k, v, (16, 20), locality=locality, backend='torch')
     assert ours.dtype == dtype
     assert relative_error(ours, exact) <= 2 * relative_error(plain, exact)
@@ -238,7 +279,7 @@ def test_low_precision(dtype, locality):
 def test_no_overflow_at_a_million_tokens(dtype, clamp):
     shape = (1, 1, 1024 * 1024, 4)
     # Sums of keys of 1e8: 65 504 is the largest float16.
-    q, k = (torch.full(shape, 100., dtype=dtype) for _ in range(2))
+    q, k = (torch.full(shape, 100.0, dtype=dtype) for _ in range(2))
     v = torch.randn(shape).to(dtype)
     out = attend(q, k, v, (1024, 1024), clamp=clamp, backend='torch')
     assert out.isfinite().all()
@@ -254,8 +295,10 @@ def test_autocast_does_not_reach_the_sums(dtype):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize('shape,table', [((12, 12), 'build_token_factors'),
-                                         ((12, 13), 'build_axis_factors')])
+@pytest.mark.parametrize(
+    'shape,table',
+    [((12, 12), 'build_token_factors'), ((12, 13), 'build_axis_factors')],
+)
 def test_small_grids_take_the_wide_product(shape, table, monkeypatch):
     monkeypatch.setattr(angles, '_cache', type(angles._cache)())
     attend(*make_inputs(shape, None), shape, backend='torch')
@@ -268,8 +311,8 @@ def test_tables_are_built_once(monkeypatch):
     for name in ('build_axis_factors', 'build_token_factors'):
         build = getattr(angles, name)
         monkeypatch.setattr(
-            angles, name,
-            lambda *a, build=build: built.append(a) or build(*a))
+            angles, name, lambda *a, build=build: built.append(a) or build(*a)
+        )
     monkeypatch.setattr(angles, '_cache', type(angles._cache)())
     q, k, v = make_inputs((4, 5), None)
     attend(q, k, v, (4, 5), backend='torch')
@@ -293,6 +336,37 @@ def test_table_cache_is_bounded(monkeypatch):
     assert [key[1] for key in angles._cache] == [(h, 1) for h in range(6, 10)]
 
 
+def test_table_cache_serves_many_threads(monkeypatch):
+    """Look-ups of one thread while others evict what it found."""
+    monkeypatch.setattr(angles, '_cache', type(angles._cache)())
+    monkeypatch.setattr(angles, 'MAX_CACHED_TABLES', 2)
+    errors = []
+
+    def look_up(first):
+        try:
+            for i in range(3000):
+                h = (first + i) % 5 + 1
+                rows, cols = angles.axis_factors(
+                    (h, 2), torch.float32, torch.device('cpu')
+                )
+                assert rows.shape == (2, h) and cols.shape == (2, 2)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=look_up, args=(i,)) for i in range(16)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert len(angles._cache) <= 2
+
+
 @pytest.mark.usefixtures('both_forms')
 def test_tables_made_in_inference_mode_serve_training(monkeypatch):
     monkeypatch.setattr(angles, '_cache', type(angles._cache)())
@@ -304,17 +378,19 @@ def test_tables_made_in_inference_mode_serve_training(monkeypatch):
         out.sum().backward()
         # Differentiated twice, the tables themselves are kept.
         out = attend(q, k, v, (3, 5), locality=locality, backend='torch')
-        grad, = torch.autograd.grad(out.sum(), q, create_graph=True)
+        (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
         grad.sum().backward()
     assert q.grad.isfinite().all()
 
 
 def test_one_graph_serves_small_and_large_grids():
     from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('eager')
     compiled = torch.compile(
-        attend, fullgraph=True, dynamic=True, backend=counter)
+        attend, fullgraph=True, dynamic=True, backend=counter
+    )
     for shape in ((8, 12), (20, 30), (9, 11)):
         compiled(*make_inputs(shape, None), shape, backend='torch')
     assert counter.frame_count == 1
@@ -340,17 +416,29 @@ def test_each_clamp_of_the_op_matters(skipped, monkeypatch):
     n = 64
     inputs = {
         # key-value sums above 1e4
-        0: (torch.full((1, 1, n, 2), 1e-3), torch.full((1, 1, n, 2), 100.),
-            torch.full((1, 1, n, 2), 100.)),
+        0: (
+            torch.full((1, 1, n, 2), 1e-3),
+            torch.full((1, 1, n, 2), 100.0),
+            torch.full((1, 1, n, 2), 100.0),
+        ),
         # next to no weight: the normaliser is 1 / eps, here 1e5
-        1: (torch.full((1, 1, n, 2), 1e-9), torch.ones(1, 1, n, 2),
-            torch.ones(1, 1, n, 2)),
+        1: (
+            torch.full((1, 1, n, 2), 1e-9),
+            torch.ones(1, 1, n, 2),
+            torch.ones(1, 1, n, 2),
+        ),
         # numerator above 1e4, key-value sums below
-        2: (torch.full((1, 1, n, 2), 100.), torch.ones(1, 1, n, 2),
-            torch.full((1, 1, n, 2), 10.)),
+        2: (
+            torch.full((1, 1, n, 2), 100.0),
+            torch.ones(1, 1, n, 2),
+            torch.full((1, 1, n, 2), 10.0),
+        ),
         # output below 1e-4
-        3: (torch.full((1, 1, n, 2), 10.), torch.full((1, 1, n, 2), 10.),
-            torch.full((1, 1, n, 2), 1e-6)),
+        3: (
+            torch.full((1, 1, n, 2), 10.0),
+            torch.full((1, 1, n, 2), 10.0),
+            torch.full((1, 1, n, 2), 1e-6),
+        ),
     }[skipped]
     eps = 1e-5 if skipped == 1 else 1e-4
 
@@ -373,43 +461,62 @@ def test_each_clamp_of_the_op_matters(skipped, monkeypatch):
 def test_backend_module_is_the_one_that_runs(monkeypatch):
     q, k, v = make_inputs((2, 2), None)
     ran = []
-    for module, name in ((linear, 'linear_attention'),
-                         (reference, 'linear_attention'),
-                         (reference, 'quadratic_attention')):
+    for module, name in (
+        (linear, 'linear_attention'),
+        (reference, 'linear_attention'),
+        (reference, 'quadratic_attention'),
+    ):
         monkeypatch.setattr(
-            module, name,
+            module,
+            name,
             lambda *a, tag=f'{module.__name__}.{name}', **k: ran.append(tag)
-            or a[0])
+            or a[0],
+        )
     attend(q, k, v, (2, 2))
     attend(q, k, v, (2, 2), backend='reference')
     attend(q, k, v, (2, 2), backend='reference', clamp=False)
     assert ran == [
         'mmvvt.ops.linear.linear_attention',
         'mmvvt.ops.reference.linear_attention',
-        'mmvvt.ops.reference.quadratic_attention'
+        'mmvvt.ops.reference.quadratic_attention',
     ]
 
 
-@pytest.mark.parametrize('change,message', [
-    (dict(spatial_shape=(3, 4)), r'spatial_shape \(3, 4\) has 12 tokens, but '
-     'q has 6'),
-    (dict(key_shape=(2, 2)), r'key_shape \(2, 2\) has 4 tokens, but k has 6'),
-    (dict(spatial_shape=(0, 6)), 'spatial_shape must be .* at least 1'),
-    (dict(locality='2d'), "locality must be one of .*, got '2d'"),
-    (dict(backend='cuda'), "backend must be one of .*, got 'cuda'"),
-    (dict(q=torch.zeros(6, 4)), r'q must be \(B, heads, tokens, d\), got '
-     r'shape \(6, 4\)'),
-    (dict(v=torch.zeros(1, 2, 6, 5)), 'k and v must have one shape'),
-    (dict(q=torch.zeros(1, 2, 6, 5)), 'must agree'),
-    (dict(v=torch.zeros(1, 2, 6, 4).long()), 'v must be floating point, got '
-     'torch.int64'),
-])
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (
+            dict(spatial_shape=(3, 4)),
+            r'spatial_shape \(3, 4\) has 12 tokens, but '
+            'q has 6',
+        ),
+        (
+            dict(key_shape=(2, 2)),
+            r'key_shape \(2, 2\) has 4 tokens, but k has 6',
+        ),
+        (dict(spatial_shape=(0, 6)), 'spatial_shape must be .* at least 1'),
+        (dict(locality='2d'), "locality must be one of .*, got '2d'"),
+        (dict(backend='cuda'), "backend must be one of .*, got 'cuda'"),
+        (
+            dict(q=torch.zeros(6, 4)),
+            r'q must be \(B, heads, tokens, d\), got '
+            r'shape \(6, 4\)',
+        ),
+        (dict(v=torch.zeros(1, 2, 6, 5)), 'k and v must have one shape'),
+        (dict(q=torch.zeros(1, 2, 6, 5)), 'must agree'),
+        (
+            dict(v=torch.zeros(1, 2, 6, 4).long()),
+            'v must be floating point, got torch.int64',
+        ),
+    ],
+)
 def test_bad_input(change, message):
     arguments = dict(
         q=torch.zeros(1, 2, 6, 4),
         k=torch.zeros(1, 2, 6, 4),
         v=torch.zeros(1, 2, 6, 4),
-        spatial_shape=(2, 3))
+        spatial_shape=(2, 3),
+    )
     with pytest.raises(ValueError, match=message):
         attend(**{**arguments, **change})
 
@@ -426,5 +533,5 @@ def test_default_backend_from_the_environment():
     assert done.stdout.split()[-1] == 'reference'
     done = run_tool('-c', code, env={'MMVVT_BACKEND': 'fast'})
     assert done.returncode != 0
-    assert "MMVVT_BACKEND must be one of" in done.stdout
+    assert 'MMVVT_BACKEND must be one of' in done.stdout
     assert "got 'fast'" in done.stdout

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from conftest import ROOT, run_tool
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -13,7 +14,8 @@ DEVICE = 'cuda' if torch.cuda.is_available() and not INTERPRETED else 'cpu'
 # without a GPU these tests run in a process of their own.
 needs_kernels = pytest.mark.skipif(
     DEVICE == 'cpu' and not INTERPRETED,
-    reason='runs in a process with TRITON_INTERPRET=1, see test_interpreted')
+    reason='runs in a process with TRITON_INTERPRET=1, see test_interpreted',
+)
 
 
 if INTERPRETED:
@@ -38,18 +40,27 @@ def run_interpreted(name):
     """Run a test file in Triton's interpreter, on the CPU."""
     pytest.importorskip('triton')
     done = run_tool(
-        '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',
+        '-m',
+        'pytest',
+        '-q',
+        '-x',
+        '-p',
+        'no:cacheprovider',
         ROOT / 'tests' / 'test_ops' / name,
         env={'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''},
-        timeout=900)
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout
     assert ' passed' in done.stdout, done.stdout
 
 
 def poison(monkeypatch):
     """Fill what PyTorch leaves uninitialised with NaN."""
-    for owner, name in ((torch, 'empty'), (torch, 'empty_like'),
-                        (torch.Tensor, 'new_empty')):
+    for owner, name in (
+        (torch, 'empty'),
+        (torch, 'empty_like'),
+        (torch.Tensor, 'new_empty'),
+    ):
         make = getattr(owner, name)
 
         def poisoned(*args, make=make, **kwargs):

@@ -4,10 +4,11 @@ import argparse
 
 import pytest
 import torch
-from conftest import ROOT, run_tool
 
 from mmvvt.arch import resolve_arch
 from mmvvt.checkpoint import official_shapes
+
+from conftest import ROOT, run_tool
 
 TOOL = 'tools/model_converters/official_to_mmvvt.py'
 
@@ -25,7 +26,10 @@ def official(tmp_path_factory):
             lr_scheduler={},
             epoch=299,
             scaler={},
-            args=argparse.Namespace(model='vvt_tiny', lr=5e-4)), path)
+            args=argparse.Namespace(model='vvt_tiny', lr=5e-4),
+        ),
+        path,
+    )
     return path
 
 
@@ -34,7 +38,8 @@ def test_there_and_back_and_into_the_test_tool(official, tmp_path):
     done = run_tool(TOOL, official, ours)
     assert done.returncode == 0, done.stdout
     assert 'architecture: tiny, 12882440 parameters, 1000 classes' in (
-        done.stdout)
+        done.stdout
+    )
     done = run_tool(TOOL, ours, back, '--reverse')
     assert done.returncode == 0, done.stdout
     before = torch.load(official, weights_only=False)['model']
@@ -45,31 +50,37 @@ def test_there_and_back_and_into_the_test_tool(official, tmp_path):
     # straight into tools/test.py, on images in a folder a class
     import cv2
     import numpy as np
+
     for name in ('n1', 'n2'):
         (tmp_path / 'images' / name).mkdir(parents=True)
         cv2.imwrite(
             str(tmp_path / 'images' / name / '0.png'),
-            np.full((300, 260, 3), 127, np.uint8))
+            np.full((300, 260, 3), 127, np.uint8),
+        )
     config = tmp_path / 'config.py'
-    config.write_text(f'''
+    config.write_text(f"""
 _base_ = '{ROOT}/configs/classification/vvt-tiny_8xb128_in1k.py'
 test_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False,
     dataset=dict(_delete_=True, type='CustomDataset',
                  data_root='{tmp_path}/images',
                  pipeline={{{{_base_.test_pipeline}}}}))
-''')
-    done = run_tool('tools/test.py', config, ours, '--work-dir',
-                    tmp_path / 'work')
+""")
+    done = run_tool(
+        'tools/test.py', config, ours, '--work-dir', tmp_path / 'work'
+    )
     assert done.returncode == 0, done.stdout
     assert 'accuracy/top1' in done.stdout
     assert 'unexpected key' not in done.stdout
     assert 'missing keys' not in done.stdout
 
 
-@pytest.mark.parametrize('arguments,message', [
-    (['--arch', 'small'], 'not of arch small'),
-    (['--reverse'], 'belongs to no VVT classifier'),
-])
+@pytest.mark.parametrize(
+    'arguments,message',
+    [
+        (['--arch', 'small'], 'not of arch small'),
+        (['--reverse'], 'belongs to no VVT classifier'),
+    ],
+)
 def test_refusals_leave_nothing(official, tmp_path, arguments, message):
     target = tmp_path / 'out.pth'
     done = run_tool(TOOL, official, target, *arguments)

@@ -5,9 +5,10 @@ import mmengine
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_tool
 
 from mmvvt.datasets import write_digit_scenes
+
+from conftest import ROOT, run_tool
 
 pytest.importorskip('mmdet')
 decode = pytest.importorskip('pycocotools.mask').decode
@@ -19,9 +20,12 @@ DETECTORS = {
     'mask-rcnn': 'model.test_cfg.rcnn.score_thr=0.',
 }
 STEPS = [
-    'model.backbone.init_cfg=None', 'train_cfg.max_iters=2',
-    'train_cfg.val_interval=2', 'train_dataloader.batch_size=2',
-    'default_hooks.checkpoint.interval=2', 'default_hooks.logger.interval=1'
+    'model.backbone.init_cfg=None',
+    'train_cfg.max_iters=2',
+    'train_cfg.val_interval=2',
+    'train_dataloader.batch_size=2',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
 ]
 
 
@@ -48,13 +52,29 @@ def tested(request, tmp_path_factory):
     write_digit_scenes(str(root), 4, 4)
     config = config_of(request.param)
     options = [DETECTORS[request.param], *roots(root)]
-    done = run_tool('tools/train.py', config, '--work-dir', work_dir,
-                    '--cfg-options', *STEPS, *options)
+    done = run_tool(
+        'tools/train.py',
+        config,
+        '--work-dir',
+        work_dir,
+        '--cfg-options',
+        *STEPS,
+        *options,
+    )
     assert done.returncode == 0, done.stdout
     out = work_dir / 'test.pkl'
-    done = run_tool('tools/test.py', config, work_dir / 'iter_2.pth',
-                    '--work-dir', work_dir, '--out', out, '--cfg-options',
-                    'model.backbone.init_cfg=None', *options)
+    done = run_tool(
+        'tools/test.py',
+        config,
+        work_dir / 'iter_2.pth',
+        '--work-dir',
+        work_dir,
+        '--out',
+        out,
+        '--cfg-options',
+        'model.backbone.init_cfg=None',
+        *options,
+    )
     assert done.returncode == 0, done.stdout
     assert 'coco/bbox_mAP_50' in done.stdout
     assert ('coco/segm_mAP' in done.stdout) == (request.param == 'mask-rcnn')
@@ -86,8 +106,14 @@ def test_predictions_and_truth(tested):
 def test_sheet(tested, tmp_path):
     config, _, out = tested
     sheet = tmp_path / 'sheet.png'
-    done = run_tool('tools/analysis_tools/report_detection.py', config, out,
-                    sheet, '--score-thr', '0')
+    done = run_tool(
+        'tools/analysis_tools/report_detection.py',
+        config,
+        out,
+        sheet,
+        '--score-thr',
+        '0',
+    )
     assert done.returncode == 0, done.stdout
     image = cv2.imread(str(sheet))
     assert image.shape[1] > 600 and len(np.unique(image)) > 50
@@ -95,52 +121,70 @@ def test_sheet(tested, tmp_path):
 
 @pytest.mark.parametrize('scores', [[0.9, 0.4], [0.4, 0.9]])
 def test_likeliest_box_lies_on_top(scores, tmp_path):
-    from mmvvt.analysis.detection_sheet import draw_detection_sheet
+    from mmvvt.visualization import draw_detection_sheet
+
     image = tmp_path / 'image.png'
     cv2.imwrite(str(image), np.full((64, 64, 3), 255, np.uint8))
-    boxes = torch.tensor([[10., 10., 50., 50.]] * 2)
+    boxes = torch.tensor([[10.0, 10.0, 50.0, 50.0]] * 2)
     sample = dict(
         img_path=str(image),
         gt_instances=dict(bboxes=boxes[:0], labels=torch.zeros(0).long()),
         pred_instances=dict(
             bboxes=boxes,
             labels=torch.tensor([0, 1]),
-            scores=torch.tensor(scores)))
+            scores=torch.tensor(scores),
+        ),
+    )
     sheet = tmp_path / 'sheet.png'
-    draw_detection_sheet([sample], ['a', 'b'], [[255, 0, 0], [0, 0, 255]], '',
-                         0.3, str(sheet))
+    draw_detection_sheet(
+        [sample], ['a', 'b'], [[255, 0, 0], [0, 0, 255]], '', 0.3, str(sheet)
+    )
     drawn = cv2.imread(str(sheet)).astype(int)  # (H, W, 3), BGR
     red = ((drawn[..., 2] > 200) & (drawn[..., :2].max(-1) < 60)).sum()
     blue = ((drawn[..., 0] > 200) & (drawn[..., 1:].max(-1) < 60)).sum()
     assert (red > 2 * blue) == (scores[0] > scores[1])
 
 
-@pytest.mark.parametrize('arguments,message', [
-    (['none.pkl'], 'error: no such file: none.pkl'),
-    ([__file__, '--score-thr', '2'],
-     'error: --score-thr must be between 0 and 1, got 2.0'),
-])
+@pytest.mark.parametrize(
+    'arguments,message',
+    [
+        (['none.pkl'], 'error: no such file: none.pkl'),
+        (
+            [__file__, '--score-thr', '2'],
+            'error: --score-thr must be between 0 and 1, got 2.0',
+        ),
+    ],
+)
 def test_sheet_of_bad_input(arguments, message, tmp_path):
     path, *options = arguments
-    done = run_tool('tools/analysis_tools/report_detection.py',
-                    config_of('retinanet'), path, tmp_path / 'sheet.png',
-                    *options)
+    done = run_tool(
+        'tools/analysis_tools/report_detection.py',
+        config_of('retinanet'),
+        path,
+        tmp_path / 'sheet.png',
+        *options,
+    )
     assert done.returncode == 1
     assert done.stdout.strip().splitlines()[-1] == message
 
 
 def test_scenes_are_written_where_absent(tmp_path, monkeypatch):
     from mmvvt.datasets import digit_scenes_coco
+
     monkeypatch.setattr(
-        digit_scenes_coco, 'write_digit_scenes',
-        lambda root: write_digit_scenes(root, 3, 2))
+        digit_scenes_coco,
+        'write_digit_scenes',
+        lambda root: write_digit_scenes(root, 3, 2),
+    )
     root = tmp_path / 'scenes'
     dataset = digit_scenes_coco.DigitScenesCoco(
         str(root),
         ann_file='instances_training.json',
-        data_prefix=dict(img='images/training'))
+        data_prefix=dict(img='images/training'),
+    )
     assert len(dataset) == 3
     info = dataset.get_data_info(0)
     assert (root / 'images' / 'training' / '00000.png').samefile(
-        info['img_path'])
+        info['img_path']
+    )
     assert all(0 <= i['bbox_label'] <= 9 for i in info['instances'])

@@ -14,12 +14,13 @@ import mmengine
 import numpy as np
 import pytest
 import torch
+
 from conftest import ROOT, run_tool, write_coco
 
 pytest.importorskip('mmdet')
 
 # A recipe on a VVT of little depth, images of 100 x 160 and few regions
-CONFIG = '''
+CONFIG = """
 _base_ = '{root}/configs/detection/{recipe}.py'
 model = dict(
     backbone=dict(
@@ -47,19 +48,20 @@ val_evaluator = dict(
 test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=1)
 default_hooks = dict(logger=dict(interval=1))
-'''
-MASK_RCNN = ''',
+"""
+MASK_RCNN = """,
     train_cfg=dict(
         rpn_proposal=dict(max_per_img=30), rcnn=dict(sampler=dict(num=16))),
     test_cfg=dict(
-        rpn=dict(max_per_img=20), rcnn=dict(score_thr=0., max_per_img=6))'''
-RETINANET = ''',
-    test_cfg=dict(score_thr=0., max_per_img=6)'''
+        rpn=dict(max_per_img=20), rcnn=dict(score_thr=0., max_per_img=6))"""
+RETINANET = """,
+    test_cfg=dict(score_thr=0., max_per_img=6)"""
 
 
 def write_config(path, recipe, model, data):
     path.write_text(
-        CONFIG.format(root=ROOT, recipe=recipe, model=model, data=data))
+        CONFIG.format(root=ROOT, recipe=recipe, model=model, data=data)
+    )
     return path
 
 
@@ -67,6 +69,7 @@ def write_config(path, recipe, model, data):
 def data(tmp_path_factory):
     """Two images a split, one of them empty."""
     from mmdet.datasets import CocoDataset
+
     root = tmp_path_factory.mktemp('data') / 'coco'
     write_coco(root, CocoDataset.METAINFO['classes'])
     return root
@@ -75,10 +78,14 @@ def data(tmp_path_factory):
 @pytest.fixture(scope='module')
 def config(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp('config')
-    path = write_config(folder / 'mask-rcnn.py',
-                        'mask-rcnn_vvt-tiny_fpn_1x_coco', MASK_RCNN, data)
+    path = write_config(
+        folder / 'mask-rcnn.py',
+        'mask-rcnn_vvt-tiny_fpn_1x_coco',
+        MASK_RCNN,
+        data,
+    )
     with open(path, 'a') as file:
-        file.write('''
+        file.write("""
 load = dict(type='LoadImageFromFile')
 resize = dict(type='Resize', scale=(160, 100), keep_ratio=True)
 objects = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
@@ -86,7 +93,7 @@ pack = dict(type='PackDetInputs', meta_keys=(
     'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
 train_dataloader['dataset']['pipeline'] = [load, objects, resize, pack]
 val_dataloader['dataset']['pipeline'] = [load, resize, objects, pack]
-''')
+""")
     return path
 
 
@@ -103,10 +110,20 @@ def trained(tmp_path_factory, config):
 
 def test_results_in_coco_format(trained, config, data, tmp_path):
     from pycocotools.coco import COCO
-    done = run_tool('tools/test.py', config, trained / 'epoch_1.pth', '--out',
-                    tmp_path / 'p.pkl', '--show-dir', tmp_path / 'show',
-                    '--work-dir', tmp_path / 'work', '--cfg-options',
-                    f'test_evaluator.outfile_prefix={tmp_path}/result')
+
+    done = run_tool(
+        'tools/test.py',
+        config,
+        trained / 'epoch_1.pth',
+        '--out',
+        tmp_path / 'p.pkl',
+        '--show-dir',
+        tmp_path / 'show',
+        '--work-dir',
+        tmp_path / 'work',
+        '--cfg-options',
+        f'test_evaluator.outfile_prefix={tmp_path}/result',
+    )
     assert done.returncode == 0, done.stdout
     assert 'coco/bbox_mAP: ' in done.stdout
     truth = COCO(str(data / 'annotations' / 'instances_val2017.json'))
@@ -118,14 +135,17 @@ def test_results_in_coco_format(trained, config, data, tmp_path):
         for image in truth.getImgIds():
             found = results.loadAnns(results.getAnnIds(imgIds=[image]))
             instances = predictions[image]['pred_instances']
-            np.testing.assert_allclose([f['score'] for f in found],
-                                       instances['scores'], rtol=1e-6)
+            np.testing.assert_allclose(
+                [f['score'] for f in found], instances['scores'], rtol=1e-6
+            )
             # labels are places in the list of classes; ids have gaps
-            assert [f['category_id'] for f in found
-                    ] == [2 * int(label) + 1 for label in instances['labels']]
+            assert [f['category_id'] for f in found] == [
+                2 * int(label) + 1 for label in instances['labels']
+            ]
             if kind == 'segm':
-                assert all(truth.annToMask(f).shape == (75, 101)
-                           for f in found)
+                assert all(
+                    truth.annToMask(f).shape == (75, 101) for f in found
+                )
     pictures = list((tmp_path / 'show').iterdir())
     assert len(pictures) == 2
     assert all(cv2.imread(str(p)) is not None for p in pictures)
@@ -148,20 +168,35 @@ def test_bad_data_stops_both_tools(config, data, tmp_path, monkeypatch):
     content['categories'][2]['name'] = 'Car'
     path.write_text(json.dumps(content))
 
-    line = exit_line(monkeypatch, 'train.py', config, '--work-dir', tmp_path,
-                     '--cfg-options',
-                     f'train_dataloader.dataset.data_root={root}')
+    line = exit_line(
+        monkeypatch,
+        'train.py',
+        config,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        f'train_dataloader.dataset.data_root={root}',
+    )
     assert line == (
         'error: train_dataloader (CocoDataset): '
         f'{root}/annotations/instances_train2017.json lists 2 images, of '
-        f"which 1 do not exist: '{root}/train2017/000000000001.jpg'")
+        f"which 1 do not exist: '{root}/train2017/000000000001.jpg'"
+    )
 
-    line = exit_line(monkeypatch, 'test.py', config, __file__, '--work-dir',
-                     tmp_path, '--cfg-options',
-                     f'test_dataloader.dataset.data_root={root}')
+    line = exit_line(
+        monkeypatch,
+        'test.py',
+        config,
+        __file__,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        f'test_dataloader.dataset.data_root={root}',
+    )
     assert line.startswith(
         f"error: test_dataloader (CocoDataset): {path} has no category 'car', "
-        "of 80 classes; it has 'person', 'bicycle', 'Car' and 77 more")
+        "of 80 classes; it has 'person', 'bicycle', 'Car' and 77 more"
+    )
 
 
 def test_masks_have_no_test_time_augmentation(monkeypatch):
@@ -171,24 +206,36 @@ def test_masks_have_no_test_time_augmentation(monkeypatch):
 
 
 def test_training_step():
-    done = run_tool('tools/analysis_tools/training_step.py',
-                    'configs/detection/mask-rcnn_vvt-tiny_fpn_1x_coco.py',
-                    '--batch', 1, '--runs', 1, '--shape', 65, 96,
-                    '--cfg-options', 'model.backbone.with_cp=True',
-                    'model.train_cfg.rcnn.sampler.num=16')
+    done = run_tool(
+        'tools/analysis_tools/training_step.py',
+        'configs/detection/mask-rcnn_vvt-tiny_fpn_1x_coco.py',
+        '--batch',
+        1,
+        '--runs',
+        1,
+        '--shape',
+        65,
+        96,
+        '--cfg-options',
+        'model.backbone.with_cp=True',
+        'model.train_cfg.rcnn.sampler.num=16',
+    )
     assert done.returncode == 0, done.stdout
     assert re.fullmatch(
         r'1 x 65 x 96: [\d.]+ s a step \(median of 1\), peak [\d.]+ GiB',
-        done.stdout.splitlines()[-1])
+        done.stdout.splitlines()[-1],
+    )
 
 
 def losses(work_dir):
     """Logged losses by name, of each step."""
-    log, = Path(work_dir).glob('*/vis_data/scalars.json')
+    (log,) = Path(work_dir).glob('*/vis_data/scalars.json')
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    return [{k: v
-             for k, v in r.items() if 'loss' in k} for r in records
-            if 'loss' in r]
+    return [
+        {k: v for k, v in r.items() if 'loss' in k}
+        for r in records
+        if 'loss' in r
+    ]
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -199,12 +246,17 @@ def test_two_processes_equal_one(tmp_path):
     LayerNorm's gradient at padding is 1 / sqrt(eps), and rounding shows.
     """
     from mmdet.datasets import CocoDataset
+
     data = tmp_path / 'coco'
     write_coco(data, CocoDataset.METAINFO['classes'], images=4, empty=0)
-    config = write_config(tmp_path / 'retinanet.py',
-                          'retinanet_vvt-tiny_fpn_1x_coco', RETINANET, data)
+    config = write_config(
+        tmp_path / 'retinanet.py',
+        'retinanet_vvt-tiny_fpn_1x_coco',
+        RETINANET,
+        data,
+    )
     with open(config, 'a') as file:
-        file.write('''
+        file.write("""
 load = dict(type='LoadImageFromFile')
 resize = dict(type='Resize', scale=(160, 96), keep_ratio=False)  # no padding
 objects = dict(type='LoadAnnotations', with_bbox=True)
@@ -216,22 +268,27 @@ optim_wrapper = dict(optimizer=dict(
 param_scheduler = []
 val_dataloader = val_evaluator = val_cfg = None
 randomness = dict(seed=3)
-''')
+""")
     one = run_tool('tools/train.py', config, '--work-dir', tmp_path / 'one')
     assert one.returncode == 0, one.stdout
     two = subprocess.run(
         [
-            'bash', 'tools/dist_train.sh',
-            str(config), '2', '--work-dir',
-            str(tmp_path / 'two'), '--cfg-options',
-            'train_dataloader.batch_size=1'
+            'bash',
+            'tools/dist_train.sh',
+            str(config),
+            '2',
+            '--work-dir',
+            str(tmp_path / 'two'),
+            '--cfg-options',
+            'train_dataloader.batch_size=1',
         ],
         cwd=ROOT,
         env={**os.environ, 'PYTHON': sys.executable, 'PORT': '29527'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300)
+        timeout=300,
+    )
     assert two.returncode == 0, two.stdout
     first, second = losses(tmp_path / 'one'), losses(tmp_path / 'two')
     assert len(first) == len(second) == 2
@@ -242,6 +299,7 @@ randomness = dict(seed=3)
     # two steps of SGD: the weights tell of the gradients
     one, two = (
         torch.load(tmp_path / name / 'epoch_1.pth')['state_dict']
-        for name in ('one', 'two'))
+        for name in ('one', 'two')
+    )
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-6)

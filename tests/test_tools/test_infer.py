@@ -10,18 +10,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_model, run_tool
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmvvt.analysis.inference import find_images, write_json, write_whole
+from mmvvt.apis import Predictor, find_images
+from mmvvt.errors import UserError
+
+from conftest import ROOT, build_model, run_tool
 
 DEMOS = ROOT / 'configs' / 'demo'
 DIGITS = DEMOS / 'vvt-nano_digits.py'
 SCENES = DEMOS / 'vvt-nano_fpn_digit-scenes.py'
 FASHION = ROOT / 'configs/classification/vvt-nano_1xb128_fashion-mnist.py'
 # The smallest Mask R-CNN there can be; only to be tested.
-MASK_RCNN = '''
+MASK_RCNN = """
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
@@ -72,7 +74,7 @@ test_dataloader = dict(dataset=dict(
     ]))
 visualizer = dict(type='DetLocalVisualizer')
 default_scope = 'mmdet'
-'''
+"""
 
 
 def save_checkpoint(config, path, change=None, **meta):
@@ -91,7 +93,7 @@ def prefer(label):
     """Make a classifier say one class of everything."""
 
     def change(model):
-        model.head.fc.bias.data[label] = 3.
+        model.head.fc.bias.data[label] = 3.0
 
     return change
 
@@ -100,6 +102,7 @@ def prefer(label):
 def photograph():
     """Part of a photograph, ``(90, 120, 3)``, BGR."""
     from sklearn.datasets import load_sample_image
+
     return load_sample_image('china.jpg')[100:280:2, 100:340:2, ::-1].copy()
 
 
@@ -112,7 +115,7 @@ def folder(tmp_path, photograph):
     cv2.imwrite(str(root / 'photo.JPG'), photograph[:61, :77])
     cv2.imwrite(str(root / 'a' / 'photo.png'), photograph[::-1])
     whole = (root / 'photo.png').read_bytes()
-    (root / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    (root / 'cut.png').write_bytes(whole[: len(whole) // 2])
     (root / 'notes.txt').write_text('no image')
     return root
 
@@ -131,8 +134,7 @@ def infer_here(monkeypatch, *arguments):
     """Exit code of the tool's main, without a new process."""
     monkeypatch.setattr(sys, 'argv', ['infer.py', *map(str, arguments)])
     try:
-        runpy.run_path(
-            str(ROOT / 'tools' / 'infer.py'), run_name='__main__')
+        runpy.run_path(str(ROOT / 'tools' / 'infer.py'), run_name='__main__')
     except SystemExit as stop:
         return stop.code
 
@@ -176,37 +178,45 @@ def test_classification(folder, digits_checkpoint, tmp_path):
     assert results['task'] == 'classification'
 
     import mmpretrain
+
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         reference = mmpretrain.ImageClassificationInferencer(
-            str(DIGITS), pretrained=str(digits_checkpoint), device='cpu')
+            str(DIGITS), pretrained=str(digits_checkpoint), device='cpu'
+        )
     for file, entry in images.items():
         assert picture_size(out, entry) == (480, 960)
-        expected, = reference(str(folder / file))
+        (expected,) = reference(str(folder / file))
         order = np.argsort(-expected['pred_scores'])[:5]
         assert entry['labels'] == order.tolist()
         assert entry['labels'][0] == 7
         assert entry['classes'] == [str(label) for label in order]
         assert entry['scores'] == pytest.approx(
-            expected['pred_scores'][order].tolist(), abs=2e-6)
+            expected['pred_scores'][order].tolist(), abs=2e-6
+        )
 
 
 def test_segmentation(folder, photograph, tmp_path, monkeypatch, capsys):
     pytest.importorskip('mmseg')
     checkpoint = save_checkpoint(
-        SCENES, tmp_path / 'scenes.pth',
-        lambda model: model.decode_head.conv_seg.weight.data.mul_(100))
+        SCENES,
+        tmp_path / 'scenes.pth',
+        lambda model: model.decode_head.conv_seg.weight.data.mul_(100),
+    )
     out = tmp_path / 'out'
     done = infer(folder, SCENES, checkpoint, '--out-dir', out)
     results, images = read_results(out, done, folder)
     assert results['task'] == 'segmentation'
 
     from mmseg.apis import MMSegInferencer
+
     reference = MMSegInferencer(
-        str(SCENES), weights=str(checkpoint), device='cpu')
+        str(SCENES), weights=str(checkpoint), device='cpu'
+    )
     for file, entry in images.items():
         image = cv2.imread(str(folder / file))
         labels = cv2.imread(
-            str(out / entry['label_map']), cv2.IMREAD_UNCHANGED)
+            str(out / entry['label_map']), cv2.IMREAD_UNCHANGED
+        )
         assert labels.shape == image.shape[:2] and labels.dtype == np.uint8
         assert entry['label_map'] == f'label_maps/{file}.png'
         expected = reference(str(folder / file))['predictions']
@@ -215,11 +225,13 @@ def test_segmentation(folder, photograph, tmp_path, monkeypatch, capsys):
         counts = np.bincount(labels.ravel(), minlength=11)
         assert set(entry['labels']) == set(np.flatnonzero(counts).tolist())
         assert len(entry['labels']) > 1
-        for label, name, share in zip(entry['labels'], entry['classes'],
-                                      entry['shares']):
+        for label, name, share in zip(
+            entry['labels'], entry['classes'], entry['shares']
+        ):
             assert name == ('background' if label == 10 else str(label))
-            assert share == pytest.approx(counts[label] / labels.size,
-                                          abs=1e-6)
+            assert share == pytest.approx(
+                counts[label] / labels.size, abs=1e-6
+            )
         assert entry['shares'] == sorted(entry['shares'], reverse=True)
         height, width = picture_size(out, entry)
         factor = -(-640 // image.shape[1])
@@ -228,12 +240,16 @@ def test_segmentation(folder, photograph, tmp_path, monkeypatch, capsys):
 
     small = folder / 'a' / 'small.png'
     cv2.imwrite(str(small), photograph[:31])
-    assert infer_here(
-        monkeypatch, folder / 'a', SCENES, checkpoint, '--out-dir',
-        out) == 'error: 1 of 2 images had to be skipped'
+    assert (
+        infer_here(
+            monkeypatch, folder / 'a', SCENES, checkpoint, '--out-dir', out
+        )
+        == 'error: 1 of 2 images had to be skipped'
+    )
     assert capsys.readouterr().err.strip() == (
         f'skipped {small}: the image must be 32 x 32 pixels or more, got '
-        '25 x 96')  # 31 x 120 after the config's Resize
+        '25 x 96'
+    )  # 31 x 120 after the config's Resize
 
 
 @pytest.fixture
@@ -247,25 +263,27 @@ def detector(tmp_path):
 def test_detection(folder, detector, tmp_path, monkeypatch, capsys):
     config, checkpoint = detector
     out = tmp_path / 'out'
-    done = infer(folder, config, checkpoint, '--out-dir', out, '--score-thr',
-                 '0.06')
+    done = infer(
+        folder, config, checkpoint, '--out-dir', out, '--score-thr', '0.06'
+    )
     results, images = read_results(out, done, folder)
     assert results['task'] == 'detection'
 
     from mmdet.apis import DetInferencer
     from pycocotools import mask as coco
+
     reference = DetInferencer(
-        str(config), weights=str(checkpoint), device='cpu', palette='random')
+        str(config), weights=str(checkpoint), device='cpu', palette='random'
+    )
     for file, entry in images.items():
         image = cv2.imread(str(folder / file))
         expected = reference(
-            str(folder / file), return_datasamples=True,
-            no_save_vis=True)['predictions'][0].pred_instances
+            str(folder / file), return_datasamples=True, no_save_vis=True
+        )['predictions'][0].pred_instances
         expected = expected[expected.scores >= 0.06]
         assert len(entry['labels']) == len(expected) > 0
         assert entry['labels'] == expected.labels.tolist()
-        assert entry['classes'] == [('cup', 'dog')[i]
-                                    for i in expected.labels]
+        assert entry['classes'] == [('cup', 'dog')[i] for i in expected.labels]
         assert entry['scores'] == sorted(entry['scores'], reverse=True)
         assert np.allclose(entry['scores'], expected.scores, atol=1e-6)
         assert np.allclose(entry['boxes'], expected.bboxes, atol=0.01)
@@ -274,43 +292,80 @@ def test_detection(folder, detector, tmp_path, monkeypatch, capsys):
         assert (masks.transpose(2, 0, 1) == np.asarray(expected.masks)).all()
         factor = -(-640 // image.shape[1])
         assert picture_size(out, entry) == (
-            factor * image.shape[0], factor * image.shape[1])
+            factor * image.shape[0],
+            factor * image.shape[1],
+        )
 
     # Nothing is sure enough: the picture is the image.
     file = folder / 'photo.png'
-    assert infer_here(monkeypatch, file, config, checkpoint, '--out-dir', out,
-                      '--score-thr', 1) is None
-    entry, = json.loads((out / 'results.json').read_text())['images']
+    assert (
+        infer_here(
+            monkeypatch,
+            file,
+            config,
+            checkpoint,
+            '--out-dir',
+            out,
+            '--score-thr',
+            1,
+        )
+        is None
+    )
+    (entry,) = json.loads((out / 'results.json').read_text())['images']
     assert entry['boxes'] == entry['masks'] == entry['labels'] == []
     picture = cv2.imread(str(out / entry['picture']))
     assert (picture[3::6, 3::6] == cv2.imread(str(file))).all()
 
     # A model without masks.
-    assert infer_here(monkeypatch, file, config, checkpoint, '--out-dir', out,
-                      '--score-thr', 0, '--cfg-options',
-                      'model.roi_head.mask_head=None',
-                      'model.roi_head.mask_roi_extractor=None') is None
-    entry, = json.loads((out / 'results.json').read_text())['images']
+    assert (
+        infer_here(
+            monkeypatch,
+            file,
+            config,
+            checkpoint,
+            '--out-dir',
+            out,
+            '--score-thr',
+            0,
+            '--cfg-options',
+            'model.roi_head.mask_head=None',
+            'model.roi_head.mask_roi_extractor=None',
+        )
+        is None
+    )
+    (entry,) = json.loads((out / 'results.json').read_text())['images']
     assert 'masks' not in entry and len(entry['boxes']) > 0
 
 
-def test_kinds_of_png(tmp_path, photograph, digits_checkpoint, monkeypatch,
-                      capsys):
+def test_kinds_of_png(
+    tmp_path, photograph, digits_checkpoint, monkeypatch, capsys
+):
     """Grey, with transparency, 16 bits, palette: all one picture."""
     from PIL import Image
+
     grey = photograph[..., 0]
     root = tmp_path / 'images'
     root.mkdir()
     cv2.imwrite(str(root / 'grey.png'), grey)
     cv2.imwrite(
         str(root / 'rgba.png'),
-        np.dstack([grey, grey, grey, np.full_like(grey, 50)]))
+        np.dstack([grey, grey, grey, np.full_like(grey, 50)]),
+    )
     cv2.imwrite(str(root / 'deep.png'), grey.astype(np.uint16) * 257)
     palette = Image.fromarray(255 - grey, mode='P')
     palette.putpalette([v for i in range(256) for v in [255 - i] * 3])
     palette.save(root / 'palette.png')
-    assert infer_here(monkeypatch, root, DIGITS, digits_checkpoint,
-                      '--out-dir', tmp_path / 'out') is None
+    assert (
+        infer_here(
+            monkeypatch,
+            root,
+            DIGITS,
+            digits_checkpoint,
+            '--out-dir',
+            tmp_path / 'out',
+        )
+        is None
+    )
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert len(results['images']) == 4 and results['skipped'] == []
     first = results['images'][0]['scores']
@@ -320,44 +375,85 @@ def test_kinds_of_png(tmp_path, photograph, digits_checkpoint, monkeypatch,
 
 def test_a_network_of_one_channel(folder, tmp_path, monkeypatch, capsys):
     checkpoint = save_checkpoint(FASHION, tmp_path / 'fashion.pth', prefer(8))
-    assert infer_here(monkeypatch, folder / 'photo.png', FASHION, checkpoint,
-                      '--out-dir', tmp_path / 'out') is None
+    assert (
+        infer_here(
+            monkeypatch,
+            folder / 'photo.png',
+            FASHION,
+            checkpoint,
+            '--out-dir',
+            tmp_path / 'out',
+        )
+        is None
+    )
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert results['images'][0]['classes'][0] == 'Bag'
 
 
-@pytest.mark.parametrize('meta, expected', [
-    (dict(), 'great white shark'),
-    (dict(dataset_meta=dict(classes=[f'name {i}' for i in range(1000)])),
-     'name 2'),
-    (dict(dataset_meta=dict(classes=['one', 'two'])), 'class 2'),
-])
-def test_names_of_classes(meta, expected, folder, tmp_path, monkeypatch,
-                          capsys):
+@pytest.mark.parametrize(
+    'meta, expected',
+    [
+        (dict(), 'great white shark'),
+        (
+            dict(
+                dataset_meta=dict(classes=[f'name {i}' for i in range(1000)])
+            ),
+            'name 2',
+        ),
+        (dict(dataset_meta=dict(classes=['one', 'two'])), 'class 2'),
+    ],
+)
+def test_names_of_classes(
+    meta, expected, folder, tmp_path, monkeypatch, capsys
+):
     """Those of the checkpoint, else of the data set: converted files have
     none."""
     config = tmp_path / 'config.py'
-    config.write_text(f"_base_ = '{DIGITS}'\n"
-                      'model = dict(head=dict(num_classes=1000))\n'
-                      'data_preprocessor = dict(num_classes=1000)\n'
-                      "test_dataloader = dict(dataset=dict(type='ImageNet'))")
-    checkpoint = save_checkpoint(config, tmp_path / 'in1k.pth',
-                                 prefer(2), **meta)
-    assert infer_here(monkeypatch, folder / 'photo.png', config, checkpoint,
-                      '--out-dir', tmp_path / 'out') is None
+    config.write_text(
+        f"_base_ = '{DIGITS}'\n"
+        'model = dict(head=dict(num_classes=1000))\n'
+        'data_preprocessor = dict(num_classes=1000)\n'
+        "test_dataloader = dict(dataset=dict(type='ImageNet'))"
+    )
+    checkpoint = save_checkpoint(
+        config, tmp_path / 'in1k.pth', prefer(2), **meta
+    )
+    assert (
+        infer_here(
+            monkeypatch,
+            folder / 'photo.png',
+            config,
+            checkpoint,
+            '--out-dir',
+            tmp_path / 'out',
+        )
+        is None
+    )
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert results['images'][0]['classes'][0].startswith(expected)
 
 
 def test_scores_that_are_not_finite(folder, tmp_path, monkeypatch, capsys):
-    checkpoint = save_checkpoint(DIGITS, tmp_path / 'nan.pth',
-                                 lambda m: m.head.fc.bias.data.fill_(np.nan))
+    checkpoint = save_checkpoint(
+        DIGITS,
+        tmp_path / 'nan.pth',
+        lambda m: m.head.fc.bias.data.fill_(np.nan),
+    )
     file = folder / 'photo.png'
-    assert infer_here(
-        monkeypatch, file, DIGITS, checkpoint, '--out-dir', tmp_path / 'out'
-    ) == 'error: 1 of 1 images had to be skipped'
-    assert (f'skipped {file}: the scores are not finite' in
-            capsys.readouterr().err)
+    assert (
+        infer_here(
+            monkeypatch,
+            file,
+            DIGITS,
+            checkpoint,
+            '--out-dir',
+            tmp_path / 'out',
+        )
+        == 'error: 1 of 1 images had to be skipped'
+    )
+    assert (
+        f'skipped {file}: the scores are not finite' in capsys.readouterr().err
+    )
 
 
 # -- bad input: one line ------------------------------------------------------
@@ -366,39 +462,55 @@ def test_scores_that_are_not_finite(folder, tmp_path, monkeypatch, capsys):
 def test_bad_arguments(folder, digits_checkpoint, tmp_path, monkeypatch):
     out = tmp_path / 'out'
 
-    def message(source=folder, config=DIGITS, checkpoint=digits_checkpoint,
-                out=out, *more):
-        return infer_here(monkeypatch, source, config, checkpoint,
-                          '--out-dir', out, *more)
+    def message(
+        source=folder,
+        config=DIGITS,
+        checkpoint=digits_checkpoint,
+        out=out,
+        *more,
+    ):
+        return infer_here(
+            monkeypatch, source, config, checkpoint, '--out-dir', out, *more
+        )
 
     none = tmp_path / 'none'
     assert message(none) == f'error: no such image or folder: {none}'
     assert message(config=none) == f'error: no such config file: {none}'
     assert message(checkpoint=none) == (
-        f'error: no such checkpoint file: {none}')
+        f'error: no such checkpoint file: {none}'
+    )
     none.mkdir()
     assert message(none) == (
         f'error: no images in {none}: looked for .bmp, .jpeg, .jpg, .pgm, '
-        '.png, .ppm, .tif, .tiff, .webp')
+        '.png, .ppm, .tif, .tiff, .webp'
+    )
     assert message(out=folder) == (
-        f'error: --out-dir {folder} holds the images: give a folder of its '
-        'own')
-    assert message(folder, DIGITS, digits_checkpoint, out, '--device',
-                   'abacus').startswith(
-                       'error: --device abacus cannot be used: ')
+        f'error: --out-dir {folder} holds the images: give a folder of its own'
+    )
     assert message(
-        folder, DIGITS, digits_checkpoint, out, '--score-thr', '30'
-    ) == 'error: --score-thr must be from 0 to 1, got 30.0'
+        folder, DIGITS, digits_checkpoint, out, '--device', 'abacus'
+    ).startswith('error: --device abacus cannot be used: ')
+    assert (
+        message(folder, DIGITS, digits_checkpoint, out, '--score-thr', '30')
+        == 'error: --score-thr must be from 0 to 1, got 30.0'
+    )
     assert message(
-        folder, DIGITS, digits_checkpoint, out, '--cfg-options',
+        folder,
+        DIGITS,
+        digits_checkpoint,
+        out,
+        '--cfg-options',
         'model.head.num_classes=5',
-        'data_preprocessor.num_classes=5').startswith(
-            f'error: the checkpoint {digits_checkpoint} is of another '
-            'architecture than the model')
+        'data_preprocessor.num_classes=5',
+    ).startswith(
+        f'error: the checkpoint {digits_checkpoint} is of another '
+        'architecture than the model'
+    )
     cut = tmp_path / 'cut.pth'
     cut.write_bytes(digits_checkpoint.read_bytes()[:9999])
     assert message(checkpoint=cut).startswith(
-        f'error: {cut} is truncated or no PyTorch checkpoint')
+        f'error: {cut} is truncated or no PyTorch checkpoint'
+    )
     for text in ("default_scope = 'mmengine'", "default_scope = 'mmdet'"):
         (tmp_path / 'config.py').write_text(text)
         line = message(config=tmp_path / 'config.py')
@@ -412,22 +524,49 @@ def test_what_is_found(folder):
     shutil.copy(folder / 'photo.png', folder / 'out' / 'pictures')
     (folder / 'out-of-doors').mkdir()
     shutil.copy(folder / 'photo.png', folder / 'out-of-doors')
-    found = ['a/photo.png', 'cut.png', 'out-of-doors/photo.png', 'photo.JPG',
-             'photo.png']
+    found = [
+        'a/photo.png',
+        'cut.png',
+        'out-of-doors/photo.png',
+        'photo.JPG',
+        'photo.png',
+    ]
     root, files = find_images(str(folder), str(folder / 'out'))
     assert root == str(folder) and files == found
     root, files = find_images(str(folder / 'notes.txt'), 'anywhere')
     assert os.path.join(root, files[0]) == str(folder / 'notes.txt')
 
 
-def test_files_are_written_whole(tmp_path):
-    path = tmp_path / 'results.json'
-    write_json(str(path), dict(value=1))
-    with pytest.raises(ValueError):
-        write_json(str(path), dict(value=float('nan')))
-    assert json.loads(path.read_text()) == dict(value=1)
-    (tmp_path / 'folder' / 'inside').mkdir(parents=True)
-    for target in (tmp_path / 'folder', path / 'below'):
-        with pytest.raises(SystemExit, match=f'cannot write {target}: '):
-            write_whole(str(target), b'x')
-    assert sorted(os.listdir(tmp_path)) == ['folder', 'results.json']
+# -- the same in Python -------------------------------------------------------
+
+
+def test_predictor(folder, digits_checkpoint):
+    predictor = Predictor(str(DIGITS), str(digits_checkpoint), device='cpu')
+    assert predictor.task == 'classification'
+    path = str(folder / 'photo.png')
+    result = predictor(path)
+    assert result['labels'][0] == 7 and result['classes'][0] == '7'
+    assert predictor(cv2.imread(path)) == result
+
+
+def test_everything_can_be_caught(folder, digits_checkpoint, tmp_path):
+    digits, weights = str(DIGITS), str(digits_checkpoint)
+    other = tmp_path / 'config.py'
+    other.write_text("default_scope = 'mmengine'")
+    for arguments, message in [
+        (('none.py', weights), 'no such config file: none.py'),
+        ((digits, 'none.pth'), 'no such checkpoint file: none.pth'),
+        ((digits, __file__), 'truncated or no PyTorch checkpoint'),
+        ((str(other), weights), 'default_scope of .* must be one of'),
+        ((digits, weights, 'abacus'), 'device abacus cannot be used'),
+        ((digits, weights, 'cpu', 30), 'score_thr must be from 0 to 1'),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            Predictor(*arguments)
+        assert '\n' not in str(caught.value)
+    predictor = Predictor(digits, weights, device='cpu')
+    for file in ('cut.png', 'notes.txt', 'none.png'):
+        with pytest.raises(UserError):
+            predictor(str(folder / file))
+    with pytest.raises(UserError, match='no such image or folder'):
+        find_images(str(tmp_path / 'none'), 'out')

@@ -7,21 +7,27 @@ import mmengine
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_tool
 
 from mmvvt.datasets import write_digit_scenes
+
+from conftest import ROOT, run_tool
 
 pytest.importorskip('mmseg')
 
 DEMO = ROOT / 'configs' / 'demo' / 'vvt-nano_fpn_digit-scenes.py'
 ADE = (
-    ROOT / 'configs' / 'segmentation' /
-    'vvt-tiny_fpn_8xb4-40k_ade20k-512x512.py')
+    ROOT
+    / 'configs'
+    / 'segmentation'
+    / 'vvt-tiny_fpn_8xb4-40k_ade20k-512x512.py'
+)
 NO_PRETRAINED = 'model.backbone.init_cfg=None'
 STEPS = [
-    'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
-    'train_dataloader.batch_size=2', 'default_hooks.checkpoint.interval=2',
-    'default_hooks.logger.interval=1'
+    'train_cfg.max_iters=2',
+    'train_cfg.val_interval=2',
+    'train_dataloader.batch_size=2',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
 ]
 
 
@@ -43,18 +49,32 @@ def scenes_root(tmp_path_factory):
 def trained(tmp_path_factory, scenes_root):
     """A work folder after two steps."""
     work_dir = tmp_path_factory.mktemp('trained')
-    done = run_tool('tools/train.py', DEMO, '--work-dir', work_dir,
-                    '--cfg-options', NO_PRETRAINED, *STEPS,
-                    *roots(scenes_root))
+    done = run_tool(
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        work_dir,
+        '--cfg-options',
+        NO_PRETRAINED,
+        *STEPS,
+        *roots(scenes_root),
+    )
     assert done.returncode == 0, done.stdout
     assert 'mIoU' in done.stdout
     return work_dir
 
 
 def run_test(trained, scenes_root, *arguments):
-    return run_tool('tools/test.py', DEMO, trained / 'iter_2.pth',
-                    '--work-dir', trained / 'test', *arguments,
-                    '--cfg-options', *roots(scenes_root))
+    return run_tool(
+        'tools/test.py',
+        DEMO,
+        trained / 'iter_2.pth',
+        '--work-dir',
+        trained / 'test',
+        *arguments,
+        '--cfg-options',
+        *roots(scenes_root),
+    )
 
 
 def last_line(done):
@@ -64,8 +84,9 @@ def last_line(done):
 
 def test_out_and_show_dir(trained, scenes_root, tmp_path):
     out = tmp_path / 'predictions.pkl'
-    done = run_test(trained, scenes_root, '--out', out, '--show-dir',
-                    tmp_path / 'show')
+    done = run_test(
+        trained, scenes_root, '--out', out, '--show-dir', tmp_path / 'show'
+    )
     assert done.returncode == 0, done.stdout
     assert 'per class results' in done.stdout and 'background' in done.stdout
 
@@ -82,8 +103,9 @@ def test_out_and_show_dir(trained, scenes_root, tmp_path):
     assert len(list((tmp_path / 'show').rglob('*.png'))) == 4
 
     sheet = tmp_path / 'sheet.png'
-    done = run_tool('tools/analysis_tools/report_segmentation.py', DEMO, out,
-                    sheet)
+    done = run_tool(
+        'tools/analysis_tools/report_segmentation.py', DEMO, out, sheet
+    )
     assert done.returncode == 0, done.stdout
     image = cv2.imread(str(sheet))
     assert image.shape[1] > 600 and len(np.unique(image)) > 50
@@ -99,31 +121,50 @@ def test_metrics_and_test_time_augmentation(trained, scenes_root, tmp_path):
 
 
 def test_sheet_of_no_predictions(tmp_path):
-    done = run_tool('tools/analysis_tools/report_segmentation.py', DEMO,
-                    tmp_path / 'none.pkl', tmp_path / 'sheet.png')
+    done = run_tool(
+        'tools/analysis_tools/report_segmentation.py',
+        DEMO,
+        tmp_path / 'none.pkl',
+        tmp_path / 'sheet.png',
+    )
     assert last_line(done) == f'error: no such file: {tmp_path / "none.pkl"}'
 
 
 def test_pretrained_file_is_absent(scenes_root, tmp_path):
     path = tmp_path / 'none.pth'
-    done = run_tool('tools/train.py', DEMO, '--work-dir', tmp_path,
-                    '--cfg-options', *roots(scenes_root),
-                    f'model.backbone.init_cfg.checkpoint={path}')
+    done = run_tool(
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *roots(scenes_root),
+        f'model.backbone.init_cfg.checkpoint={path}',
+    )
     assert last_line(done) == (
         f'error: no such pretrained checkpoint: {path}; put it there, or '
         'start from random weights with --cfg-options '
-        'model.backbone.init_cfg=None')
+        'model.backbone.init_cfg=None'
+    )
 
 
-def test_pretrained_backbone_of_another_architecture(scenes_root, trained,
-                                                     tmp_path):
+def test_pretrained_backbone_of_another_architecture(
+    scenes_root, trained, tmp_path
+):
     done = run_tool(
-        'tools/train.py', DEMO, '--work-dir', tmp_path, '--cfg-options',
-        *STEPS, *roots(scenes_root),
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *STEPS,
+        *roots(scenes_root),
         f'model.backbone.init_cfg.checkpoint={trained / "iter_2.pth"}',
-        'model.backbone.arch.depths=[1,1,3,1]')
-    assert ('is of another architecture than the model: 20 of' in
-            last_line(done)), done.stdout
+        'model.backbone.arch.depths=[1,1,3,1]',
+    )
+    assert 'is of another architecture than the model: 20 of' in last_line(
+        done
+    ), done.stdout
     assert 'there is no block3.2.norm1.weight' in last_line(done)
 
 
@@ -132,14 +173,23 @@ def test_checkpoint_of_another_architecture(scenes_root, trained, tmp_path):
     key = 'backbone.patch_embed1.proj.weight'
     checkpoint['state_dict'][key] = torch.zeros(96, 3, 7, 7)
     torch.save(checkpoint, tmp_path / 'other.pth')
-    done = run_tool('tools/test.py', DEMO, tmp_path / 'other.pth',
-                    '--work-dir', tmp_path, '--cfg-options',
-                    *roots(scenes_root))
+    done = run_tool(
+        'tools/test.py',
+        DEMO,
+        tmp_path / 'other.pth',
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *roots(scenes_root),
+    )
     line = last_line(done)
-    assert line.startswith(f'error: the checkpoint {tmp_path / "other.pth"} '
-                           'is of another architecture')
-    assert line.endswith(f'{key} has shape (96, 3, 7, 7), the model wants '
-                         '(32, 3, 7, 7)')
+    assert line.startswith(
+        f'error: the checkpoint {tmp_path / "other.pth"} '
+        'is of another architecture'
+    )
+    assert line.endswith(
+        f'{key} has shape (96, 3, 7, 7), the model wants (32, 3, 7, 7)'
+    )
 
 
 def test_annotations_are_absent(tmp_path):
@@ -147,11 +197,19 @@ def test_annotations_are_absent(tmp_path):
     for split in ('training', 'validation'):
         (root / 'images' / split).mkdir(parents=True)
         (root / 'images' / split / 'a.jpg').touch()
-    done = run_tool('tools/train.py', ADE, '--work-dir', tmp_path,
-                    '--cfg-options', NO_PRETRAINED, *roots(root))
+    done = run_tool(
+        'tools/train.py',
+        ADE,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        NO_PRETRAINED,
+        *roots(root),
+    )
     assert last_line(done) == (
         'error: train_dataloader (ADE20KDataset): the data folder does not '
-        f'exist: {root / "annotations" / "training"}')
+        f'exist: {root / "annotations" / "training"}'
+    )
 
 
 @pytest.fixture
@@ -168,15 +226,25 @@ def bad_scenes(scenes_root, tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_label_value_outside_the_classes(workers, bad_scenes, tmp_path):
-    done = run_tool('tools/train.py', DEMO, '--work-dir', tmp_path,
-                    '--cfg-options', NO_PRETRAINED, *STEPS,
-                    f'train_dataloader.num_workers={workers}',
-                    *roots(bad_scenes))
+    done = run_tool(
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        NO_PRETRAINED,
+        *STEPS,
+        f'train_dataloader.num_workers={workers}',
+        *roots(bad_scenes),
+    )
     line = last_line(done)
     assert line.startswith(
-        f'error: {bad_scenes / "annotations" / "training" / "0000"}')
-    assert line.endswith('label values [77] are outside the classes: '
-                         'allowed are 0 to 10 and 255 (ignored)')
+        f'error: {bad_scenes / "annotations" / "training" / "0000"}'
+    )
+    assert line.endswith(
+        'label values [77] are outside the classes: '
+        'allowed are 0 to 10 and 255 (ignored)'
+    )
     assert 'Traceback' not in done.stdout
 
 
@@ -191,9 +259,18 @@ def test_one_annotation_is_absent(scenes_root, tmp_path):
     shutil.copytree(scenes_root, root)
     gone = root / 'annotations' / 'training' / '00002.png'
     gone.unlink()
-    done = run_tool('tools/train.py', DEMO, '--work-dir', tmp_path,
-                    '--cfg-options', NO_PRETRAINED, *STEPS, *roots(root))
+    done = run_tool(
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        NO_PRETRAINED,
+        *STEPS,
+        *roots(root),
+    )
     assert last_line(done) == (
         'error: train_dataloader (DigitScenes): the annotation file does not '
-        f'exist: {gone}')
+        f'exist: {gone}'
+    )
     assert 'Traceback' not in done.stdout

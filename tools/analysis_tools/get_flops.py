@@ -5,8 +5,10 @@ import argparse
 from mmengine.registry import MODELS
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.analysis.flops import count
-from mmvvt.engine.cli import fail, read_config
+from mmvvt.analysis.complexity import count
+from mmvvt.cli import run
+from mmvvt.errors import UserError
+from mmvvt.preflight import read_config
 
 
 def parse_args():
@@ -19,21 +21,26 @@ def parse_args():
         default=[224],
         metavar='SIZE',
         help='height and width of the image, or one number for both '
-        '(default: 224)')
+        '(default: 224)',
+    )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if len(args.shape) > 2 or min(args.shape) < 1:
-        fail(f'--shape takes one or two positive numbers, got {args.shape}')
+        raise UserError(
+            f'--shape takes one or two positive numbers, got {args.shape}'
+        )
     height, width = args.shape[0], args.shape[-1]
-    print(f'multiply-adds of matrix products and convolutions, one image of '
-          f'{height} x {width};\nVVT in the plain linear form (features four '
-          'times as wide). Not counted: norms,\nactivations, resizing, the '
-          'sampling in RoIAlign and deformable attention; a\n'
-          "segmentor's auxiliary head (its parameters are). Detectors of two "
-          'stages:\n1000 proposals, masks for 100.')
+    print(
+        f'multiply-adds of matrix products and convolutions, one image of '
+        f'{height} x {width};\nVVT in the plain linear form (features four '
+        'times as wide). Not counted: norms,\nactivations, resizing, the '
+        'sampling in RoIAlign and deformable attention; a\n'
+        "segmentor's auxiliary head (its parameters are). Detectors of two "
+        'stages:\n1000 proposals, masks for 100.'
+    )
     print(f'{"config":60} {"params":>12} {"M":>8} {"GMACs":>8}')
     for path in args.configs:
         cfg = read_config(path)
@@ -41,10 +48,12 @@ def main():
         channels = cfg.model.backbone.get('in_channels', 3)
         found = count(model, (1, channels, height, width))
         name = path.rsplit('/', 1)[-1].removesuffix('.py')
-        print(f'{name:60} {found.parameters:12d} '
-              f'{found.parameters / 1e6:8.2f} '
-              f'{found.multiply_adds / 1e9:8.2f}')
+        print(
+            f'{name:60} {found.parameters:12d} '
+            f'{found.parameters / 1e6:8.2f} '
+            f'{found.multiply_adds / 1e9:8.2f}'
+        )
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

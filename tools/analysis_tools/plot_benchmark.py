@@ -3,27 +3,25 @@
 import argparse
 
 from mmvvt.analysis.benchmark import read_csv
-from mmvvt.analysis.benchmark_plot import plot_benchmark
-from mmvvt.engine.cli import fail
+from mmvvt.cli import run
+from mmvvt.visualization.benchmark import plot_benchmark
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('picture', help='PNG or SVG to write')
     parser.add_argument(
-        'csv', nargs='+', help='what benchmark.py --csv wrote, one or more')
+        'csv', nargs='+', help='what benchmark.py --csv wrote, one or more'
+    )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    try:
-        rows = [row for path in args.csv for row in read_csv(path)]
-    except (OSError, ValueError) as error:
-        fail(str(error))
+    rows = [row for path in args.csv for row in read_csv(path)]
     plot_benchmark(rows, args.picture)
     print(f'{args.picture}: {len(rows)} rows')
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -7,9 +7,10 @@ import sys
 import mmengine
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.analysis.prediction_sheet import draw_sheet
-from mmvvt.analysis.training_curves import plot_curves
-from mmvvt.engine.cli import dataset_class, read_config
+from mmvvt.cli import run
+from mmvvt.errors import UserError
+from mmvvt.preflight import dataset_class, read_config
+from mmvvt.visualization import draw_classification_sheet, plot_curves
 
 
 def parse_args():
@@ -25,37 +26,37 @@ def main():
     args = parse_args()
     for path in (args.checkpoint, args.work_dir, args.predictions):
         if not os.path.exists(path):
-            sys.exit(f'error: no such file or folder: {path}')
+            raise UserError(f'no such file or folder: {path}')
     cfg = read_config(args.config)
     classes = dataset_class(cfg.test_dataloader.dataset).METAINFO['classes']
     predictions = mmengine.load(args.predictions)
     right = sum(
         int(sample['pred_label']) == int(sample['gt_label'])
-        for sample in predictions)
+        for sample in predictions
+    )
     total = len(predictions)
     top1 = 100 * right / total
 
     curves = os.path.join(args.work_dir, 'curves.png')
     sheet = os.path.join(args.work_dir, 'predictions.png')
-    try:
-        plot_curves(args.work_dir, 'accuracy/top1', 'held-out top-1 (%)',
-                    curves)
-    except FileNotFoundError as error:
-        sys.exit(f'error: {error}')
-    draw_sheet(
+    plot_curves(args.work_dir, 'accuracy/top1', 'held-out top-1 (%)', curves)
+    draw_classification_sheet(
         predictions,
         classes,
         f'{total - right} of {total} held-out images are wrong',
-        sheet)
+        sheet,
+    )
 
     print(f'\ntop-1: {top1:.2f} % ({right} of {total} held-out images)')
     print(f'curves: {curves}')
     print(f'predictions: {sheet}')
     show_dir = os.path.join(args.work_dir, 'show')
-    print('next, draw each of them with its prediction: '
-          f'{os.path.relpath(sys.executable)} tools/test.py {args.config} '
-          f'{args.checkpoint} --show-dir {show_dir}')
+    print(
+        'next, draw each of them with its prediction: '
+        f'{os.path.relpath(sys.executable)} tools/test.py {args.config} '
+        f'{args.checkpoint} --show-dir {show_dir}'
+    )
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

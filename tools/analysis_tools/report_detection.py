@@ -6,8 +6,10 @@ import os
 import mmengine
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.analysis.detection_sheet import draw_detection_sheet
-from mmvvt.engine.cli import dataset_class, fail, read_config
+from mmvvt.cli import run
+from mmvvt.errors import UserError
+from mmvvt.preflight import dataset_class, read_config
+from mmvvt.visualization import draw_detection_sheet
 
 
 def parse_args():
@@ -19,28 +21,38 @@ def parse_args():
         '--score-thr',
         type=float,
         default=0.3,
-        help='least score of a box that is drawn (default: 0.3)')
+        help='least score of a box that is drawn (default: 0.3)',
+    )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if not os.path.isfile(args.predictions):
-        fail(f'no such file: {args.predictions}')
+        raise UserError(f'no such file: {args.predictions}')
     if not 0 <= args.score_thr <= 1:
-        fail(f'--score-thr must be between 0 and 1, got {args.score_thr}')
+        raise UserError(
+            f'--score-thr must be between 0 and 1, got {args.score_thr}'
+        )
     cfg = read_config(args.config)
     meta = dataset_class(cfg.test_dataloader.dataset).METAINFO
     predictions = mmengine.load(args.predictions)
     if not predictions or 'pred_instances' not in predictions[0]:
-        fail(f'{args.predictions} holds no predictions of a detector')
+        raise UserError(
+            f'{args.predictions} holds no predictions of a detector'
+        )
     name = os.path.splitext(os.path.basename(args.config))[0]
     draw_detection_sheet(
-        predictions, meta['classes'], meta['palette'],
+        predictions,
+        meta['classes'],
+        meta['palette'],
         f'{name}: some of {len(predictions)} validation images, scores of '
-        f'{args.score_thr:g} and more', args.score_thr, args.out)
+        f'{args.score_thr:g} and more',
+        args.score_thr,
+        args.out,
+    )
     print(f'truth and prediction: {args.out}')
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

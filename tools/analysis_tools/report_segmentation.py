@@ -6,8 +6,10 @@ import os
 import mmengine
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
-from mmvvt.analysis.segmentation_sheet import draw_segmentation_sheet
-from mmvvt.engine.cli import fail, read_config
+from mmvvt.cli import run
+from mmvvt.errors import UserError
+from mmvvt.preflight import dataset_class, read_config
+from mmvvt.visualization import draw_segmentation_sheet
 
 
 def parse_args():
@@ -21,19 +23,24 @@ def parse_args():
 def main():
     args = parse_args()
     if not os.path.isfile(args.predictions):
-        fail(f'no such file: {args.predictions}')
+        raise UserError(f'no such file: {args.predictions}')
     cfg = read_config(args.config)
-    from mmseg.registry import DATASETS
-    meta = DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
+    meta = dataset_class(cfg.test_dataloader.dataset).METAINFO
     predictions = mmengine.load(args.predictions)
     if not predictions or 'pred_sem_seg' not in predictions[0]:
-        fail(f'{args.predictions} holds no predictions of a segmentor')
+        raise UserError(
+            f'{args.predictions} holds no predictions of a segmentor'
+        )
     name = os.path.splitext(os.path.basename(args.config))[0]
     draw_segmentation_sheet(
-        predictions, meta['classes'], meta['palette'],
-        f'{name}: some of {len(predictions)} validation images', args.out)
+        predictions,
+        meta['classes'],
+        meta['palette'],
+        f'{name}: some of {len(predictions)} validation images',
+        args.out,
+    )
     print(f'image, truth and prediction: {args.out}')
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

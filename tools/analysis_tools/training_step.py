@@ -2,7 +2,6 @@
 random images."""
 
 import argparse
-import resource
 import statistics
 import time
 
@@ -16,7 +15,11 @@ from mmengine.structures import InstanceData, PixelData
 
 import mmvvt  # noqa: F401, registers VVT and what comes with it
 from mmvvt.analysis.benchmark import machine_line
-from mmvvt.engine.cli import fail, read_config
+from mmvvt.analysis.memory import peak_memory_gib
+from mmvvt.apis import keep_freed_memory
+from mmvvt.cli import run
+from mmvvt.errors import UserError
+from mmvvt.preflight import read_config
 
 NUM_OBJECTS = 7  # an image of COCO has 7.3 on average
 
@@ -25,27 +28,32 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument(
-        '--batch', type=int, default=2, help='images (default: 2)')
+        '--batch', type=int, default=2, help='images (default: 2)'
+    )
     parser.add_argument(
-        '--runs', type=int, default=3, help='counted steps (default: 3)')
+        '--runs', type=int, default=3, help='counted steps (default: 3)'
+    )
     parser.add_argument(
         '--shape',
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
         help="images' size (default: a segmentor's crop; 800 1333 for a "
-        'detector)')
+        'detector)',
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='settings of the config to override: key=value')
+        help='settings of the config to override: key=value',
+    )
     return parser.parse_args()
 
 
 def random_labels(model, height, width):
     """A segmentor's truth: a class for each pixel."""
     from mmseg.structures import SegDataSample
+
     labels = torch.randint(model.decode_head.num_classes, (1, height, width))
     return SegDataSample(gt_sem_seg=PixelData(data=labels))
 
@@ -54,8 +62,9 @@ def random_objects(model, height, width):
     """A detector's truth: boxes of a quarter of the sides, full masks."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
-    x = torch.randint(3 * width // 4, (NUM_OBJECTS, ))
-    y = torch.randint(3 * height // 4, (NUM_OBJECTS, ))
+
+    x = torch.randint(3 * width // 4, (NUM_OBJECTS,))
+    y = torch.randint(3 * height // 4, (NUM_OBJECTS,))
     # (objects, 4): x1, y1, x2, y2
     boxes = torch.stack([x, y, x + width // 4, y + height // 4], dim=1)
     masks = np.zeros((NUM_OBJECTS, height, width), dtype=np.uint8)
@@ -68,8 +77,10 @@ def random_objects(model, height, width):
     return DetDataSample(
         gt_instances=InstanceData(
             bboxes=boxes.float(),
-            labels=torch.randint(head.num_classes, (NUM_OBJECTS, )),
-            masks=BitmapMasks(masks, height, width)))
+            labels=torch.randint(head.num_classes, (NUM_OBJECTS,)),
+            masks=BitmapMasks(masks, height, width),
+        )
+    )
 
 
 def random_batch(model, truth, batch, height, width):
@@ -77,34 +88,33 @@ def random_batch(model, truth, batch, height, width):
     samples = [truth(model, height, width) for _ in range(batch)]
     for sample in samples:
         sample.set_metainfo(
-            dict(img_shape=(height, width), scale_factor=(1., 1.)))
+            dict(img_shape=(height, width), scale_factor=(1.0, 1.0))
+        )
     images = torch.randint(256, (batch, 3, height, width), dtype=torch.uint8)
     return dict(inputs=list(images), data_samples=samples)
-
-
-def peak_gib():
-    """Of the GPU's tensors, or of the whole process without a GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main():
     args = parse_args()
     if min(args.batch, args.runs, *(args.shape or [1])) < 1:
-        fail('--batch, --runs and --shape must be 1 or more, got '
-             f'{args.batch}, {args.runs} and {args.shape}')
+        raise UserError(
+            '--batch, --runs and --shape must be 1 or more, got '
+            f'{args.batch}, {args.runs} and {args.shape}'
+        )
     cfg = read_config(args.config, args.cfg_options)
     if 'decode_head' in cfg.model:
         truth, shape = random_labels, cfg.model.data_preprocessor.size
     elif {'bbox_head', 'roi_head'} & set(cfg.model):
         truth, shape = random_objects, (800, 1333)
     else:
-        fail(f'{args.config} is neither a segmentor nor a detector: its '
-             'model has no decode_head, bbox_head or roi_head')
+        raise UserError(
+            f'{args.config} is neither a segmentor nor a detector: its '
+            'model has no decode_head, bbox_head or roi_head'
+        )
     height, width = args.shape or shape
     if truth is random_labels:
         cfg.model.data_preprocessor.size = (height, width)
+    keep_freed_memory()
     torch.manual_seed(0)
     cfg.model.backbone.init_cfg = None
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
@@ -122,10 +132,12 @@ def main():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     print(machine_line())
-    print(f'{args.batch} x {height} x {width}: '
-          f'{statistics.median(seconds[1:]):.2f} s a step (median of '
-          f'{args.runs}), peak {peak_gib():.2f} GiB')
+    print(
+        f'{args.batch} x {height} x {width}: '
+        f'{statistics.median(seconds[1:]):.2f} s a step (median of '
+        f'{args.runs}), peak {peak_memory_gib():.2f} GiB'
+    )
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -2,12 +2,16 @@
 
 import argparse
 import os
-import sys
 
 from mmvvt.arch import ARCH_SETTINGS
-from mmvvt.checkpoint import (CheckpointError, convert_official,
-                              convert_to_official, load_checkpoint_file,
-                              save_checkpoint_file)
+from mmvvt.checkpoint import (
+    convert_official,
+    convert_to_official,
+    load_checkpoint_file,
+    save_checkpoint_file,
+)
+from mmvvt.cli import run
+from mmvvt.errors import UserError
 
 
 def parse_args():
@@ -18,28 +22,29 @@ def parse_args():
         '--arch',
         choices=list(ARCH_SETTINGS),
         help='architecture that SRC must be of (default: told from its '
-        'tensors)')
+        'tensors)',
+    )
     parser.add_argument(
         '--reverse',
         action='store_true',
-        help='SRC is ours, DST becomes an official file')
+        help='SRC is ours, DST becomes an official file',
+    )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if os.path.realpath(args.src) == os.path.realpath(args.dst):
-        sys.exit(f'error: SRC and DST are one file: {args.src}')
+        raise UserError(f'SRC and DST are one file: {args.src}')
     convert = convert_to_official if args.reverse else convert_official
-    try:
-        checkpoint = convert(load_checkpoint_file(args.src), args.arch)
-        save_checkpoint_file(checkpoint, args.dst)
-    except CheckpointError as error:
-        sys.exit(f'error: {error}')
+    checkpoint = convert(load_checkpoint_file(args.src), args.arch)
+    save_checkpoint_file(checkpoint, args.dst)
 
     if args.reverse:
-        print(f'wrote {args.dst} with {len(checkpoint["model"])} tensors '
-              'under official keys')
+        print(
+            f'wrote {args.dst} with {len(checkpoint["model"])} tensors '
+            'under official keys'
+        )
         return
     state, name = checkpoint['state_dict'], checkpoint['meta']['arch']
     parameters = sum(t.numel() for t in state.values())
@@ -47,9 +52,11 @@ def main():
     print(f'architecture: {name}, {parameters} parameters, {classes} classes')
     print(f'wrote {args.dst}')
     if classes == 1000:
-        print('to test it: python tools/test.py configs/classification/'
-              f'vvt-{name}_8xb128_in1k.py {args.dst}')
+        print(
+            'to test it: python tools/test.py configs/classification/'
+            f'vvt-{name}_8xb128_in1k.py {args.dst}'
+        )
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

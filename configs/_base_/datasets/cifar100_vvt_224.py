@@ -9,7 +9,8 @@ train_pipeline = [
         type='RandomResizedCrop',
         scale=224,
         backend='pillow',
-        interpolation='bicubic'),
+        interpolation='bicubic',
+    ),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(
         type='RandAugment',
@@ -18,7 +19,8 @@ train_pipeline = [
         total_level=10,
         magnitude_level=9,
         magnitude_std=0.5,
-        hparams=dict(pad_val=[124, 116, 104], interpolation='bicubic')),
+        hparams=dict(pad_val=[124, 116, 104], interpolation='bicubic'),
+    ),
     dict(
         type='RandomErasing',
         erase_prob=0.25,
@@ -26,7 +28,8 @@ train_pipeline = [
         min_area_ratio=0.02,
         max_area_ratio=1 / 3,
         fill_color=[123.675, 116.28, 103.53],
-        fill_std=[58.395, 57.12, 57.375]),
+        fill_std=[58.395, 57.12, 57.375],
+    ),
     dict(type='PackInputs'),
 ]
 test_pipeline = [
@@ -35,7 +38,8 @@ test_pipeline = [
         scale=256,
         edge='short',
         backend='pillow',
-        interpolation='bicubic'),
+        interpolation='bicubic',
+    ),
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),
 ]
@@ -46,22 +50,29 @@ train_dataloader = dict(
         type='CIFAR100',
         data_root='data/cifar100',
         split='train',
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    )
+)
 val_dataloader = dict(
     dataset=dict(
         _delete_=True,
         type='CIFAR100',
         data_root='data/cifar100',
         split='test',
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    )
+)
 test_dataloader = val_dataloader
 
 tta_pipeline = test_pipeline[:-1] + [
     dict(
         type='TestTimeAug',
         transforms=[
-            [dict(type='RandomFlip', prob=0.),
-             dict(type='RandomFlip', prob=1.)],
+            [
+                dict(type='RandomFlip', prob=0.0),
+                dict(type='RandomFlip', prob=1.0),
+            ],
             [dict(type='PackInputs')],
-        ])
+        ],
+    )
 ]

@@ -13,27 +13,34 @@ train_pipeline = [
                 dict(
                     type='RandomChoiceResize',
                     scales=[(1333, size) for size in range(480, 801, 32)],
-                    keep_ratio=True)
+                    keep_ratio=True,
+                )
             ],
             [
                 dict(
                     type='RandomChoiceResize',
                     scales=[(4200, size) for size in (400, 500, 600)],
-                    keep_ratio=True),
+                    keep_ratio=True,
+                ),
                 dict(
                     type='RandomCrop',
                     crop_type='absolute_range',
                     crop_size=(384, 600),
-                    allow_negative_crop=True),
+                    allow_negative_crop=True,
+                ),
                 dict(
                     type='RandomChoiceResize',
                     scales=[(1333, size) for size in range(480, 801, 32)],
-                    keep_ratio=True),
+                    keep_ratio=True,
+                ),
             ],
-        ]),
+        ],
+    ),
     dict(type='PackDetInputs'),
 ]
 
 train_dataloader = dict(
     dataset=dict(
-        filter_cfg=dict(filter_empty_gt=False), pipeline=train_pipeline))
+        filter_cfg=dict(filter_empty_gt=False), pipeline=train_pipeline
+    )
+)

@@ -14,24 +14,29 @@ train_pipeline = [
                 dict(
                     type='RandomChoiceResize',
                     scales=[(1333, size) for size in range(480, 801, 32)],
-                    keep_ratio=True)
+                    keep_ratio=True,
+                )
             ],
             [
                 dict(
                     type='RandomChoiceResize',
                     scales=[(1333, size) for size in (400, 500, 600)],
-                    keep_ratio=True),
+                    keep_ratio=True,
+                ),
                 dict(
                     type='RandomCrop',
                     crop_type='absolute_range',
                     crop_size=(384, 600),
-                    allow_negative_crop=True),
+                    allow_negative_crop=True,
+                ),
                 dict(
                     type='RandomChoiceResize',
                     scales=[(1333, size) for size in range(480, 801, 32)],
-                    keep_ratio=True),
+                    keep_ratio=True,
+                ),
             ],
-        ]),
+        ],
+    ),
     dict(type='PackDetInputs'),
 ]
 

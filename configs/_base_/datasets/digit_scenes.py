@@ -20,8 +20,10 @@ train_pipeline = [
                 scale=(24, 24),
                 keep_ratio=True,
                 interpolation='nearest',
-                backend='pillow')
-        ]),
+                backend='pillow',
+            )
+        ],
+    ),
     # Most photographs are dark, and so the ink is light: sometimes the other
     # way round.
     dict(type='mmpretrain.Invert', prob=0.2),
@@ -42,21 +44,27 @@ train_dataloader = dict(
     # A batch is loaded in a tenth of the time of a step: on two cores a
     # process of its own would slow the steps by more.
     num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='DigitScenes',
         data_root='data/digit-scenes',
         split='train',
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=20,
     num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='DigitScenes',
         data_root='data/digit-scenes',
         split='val',
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
@@ -74,5 +82,6 @@ tta_pipeline = [
             [dict(type='LoadAnnotations')],
             [dict(type='CheckLabels', num_classes=11)],
             [dict(type='PackSegInputs')],
-        ])
+        ],
+    ),
 ]

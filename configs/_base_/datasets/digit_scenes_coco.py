@@ -16,8 +16,14 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                   'scale_factor')),
+        meta_keys=(
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+        ),
+    ),
 ]
 
 train_dataloader = dict(
@@ -25,6 +31,7 @@ train_dataloader = dict(
     # On two cores a process of its own would slow the steps by more than
     # loading a batch takes.
     num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='DigitScenesCoco',
@@ -32,10 +39,13 @@ train_dataloader = dict(
         ann_file='instances_training.json',
         data_prefix=dict(img='images/training'),
         filter_cfg=dict(filter_empty_gt=True),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=20,
     num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='DigitScenesCoco',
@@ -43,10 +53,13 @@ val_dataloader = dict(
         ann_file='instances_validation.json',
         data_prefix=dict(img='images/validation'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(
     type='CocoMetric',
     ann_file='data/digit-scenes/instances_validation.json',
-    metric='bbox')
+    metric='bbox',
+)
 test_evaluator = val_evaluator

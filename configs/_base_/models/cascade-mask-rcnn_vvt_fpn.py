@@ -5,7 +5,8 @@ _base_ = './mask-rcnn_vvt_fpn.py'
 model = dict(
     type='CascadeRCNN',
     rpn_head=dict(
-        loss_bbox=dict(type='SmoothL1Loss', beta=1.0 / 9.0, loss_weight=1.0)),
+        loss_bbox=dict(type='SmoothL1Loss', beta=1.0 / 9.0, loss_weight=1.0)
+    ),
     roi_head=dict(
         type='CascadeRoIHead',
         num_stages=3,
@@ -23,18 +24,23 @@ model = dict(
                 norm_cfg=dict(type='SyncBN', requires_grad=True),
                 bbox_coder=dict(
                     type='DeltaXYWHBBoxCoder',
-                    target_means=[0., 0., 0., 0.],
-                    target_stds=stds),
+                    target_means=[0.0, 0.0, 0.0, 0.0],
+                    target_stds=stds,
+                ),
                 reg_class_agnostic=False,
                 reg_decoded_bbox=True,
                 loss_cls=dict(
-                    type='CrossEntropyLoss',
-                    use_sigmoid=False,
-                    loss_weight=1.0),
-                loss_bbox=dict(type='GIoULoss', loss_weight=10.0))
-            for stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1],
-                         [0.033, 0.033, 0.067, 0.067])
-        ]),
+                    type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0
+                ),
+                loss_bbox=dict(type='GIoULoss', loss_weight=10.0),
+            )
+            for stds in (
+                [0.1, 0.1, 0.2, 0.2],
+                [0.05, 0.05, 0.1, 0.1],
+                [0.033, 0.033, 0.067, 0.067],
+            )
+        ],
+    ),
     train_cfg=dict(
         rpn=dict(allowed_border=0),
         rpn_proposal=dict(max_per_img=2000),
@@ -46,14 +52,20 @@ model = dict(
                     neg_iou_thr=iou,
                     min_pos_iou=iou,
                     match_low_quality=False,
-                    ignore_iof_thr=-1),
+                    ignore_iof_thr=-1,
+                ),
                 sampler=dict(
                     type='RandomSampler',
                     num=512,
                     pos_fraction=0.25,
                     neg_pos_ub=-1,
-                    add_gt_as_proposals=True),
+                    add_gt_as_proposals=True,
+                ),
                 mask_size=28,
                 pos_weight=-1,
-                debug=False) for iou in (0.5, 0.6, 0.7)
-        ]))
+                debug=False,
+            )
+            for iou in (0.5, 0.6, 0.7)
+        ],
+    ),
+)

@@ -8,14 +8,16 @@ model = dict(
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_val=0,
-        seg_pad_val=255),
+        seg_pad_val=255,
+    ),
     # arch, drop path and pretrained file: in each config
     backbone=dict(type='VVT', out_indices=(0, 1, 2, 3)),
     neck=dict(
         type='FPN',
         in_channels=[96, 160, 320, 512],
         out_channels=256,
-        num_outs=4),
+        num_outs=4,
+    ),
     decode_head=dict(
         type='FPNHead',
         in_channels=[256, 256, 256, 256],
@@ -26,6 +28,8 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0)),
+        loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
+    ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'))
+    test_cfg=dict(mode='whole'),
+)

@@ -7,12 +7,15 @@ model = dict(
             embed_dims=[32, 64, 96, 128],
             num_heads=[1, 2, 3, 4],
             mlp_ratios=[4, 4, 4, 4],
-            depths=[1, 1, 2, 1])),
+            depths=[1, 1, 2, 1],
+        )
+    ),
     neck=dict(
         in_channels=[64, 96, 128],
         out_channels=64,
         add_extra_convs=False,
-        num_outs=3),
+        num_outs=3,
+    ),
     bbox_head=dict(
         num_classes=10,
         in_channels=64,
@@ -20,5 +23,7 @@ model = dict(
         feat_channels=64,
         # Digits are 15 to 70 pixels high, and higher than wide.
         anchor_generator=dict(
-            octave_base_scale=3, ratios=[1.0, 1.6, 2.5], strides=[8, 16,
-                                                                  32])))
+            octave_base_scale=3, ratios=[1.0, 1.6, 2.5], strides=[8, 16, 32]
+        ),
+    ),
+)

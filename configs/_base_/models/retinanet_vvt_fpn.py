@@ -6,7 +6,8 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
-        pad_size_divisor=32),
+        pad_size_divisor=32,
+    ),
     # arch, drop path and pretrained file: in each config
     backbone=dict(type='VVT', out_indices=(1, 2, 3), frozen_stages=-1),
     neck=dict(
@@ -14,7 +15,8 @@ model = dict(
         in_channels=[160, 320, 512],
         out_channels=256,
         add_extra_convs='on_input',
-        num_outs=5),
+        num_outs=5,
+    ),
     bbox_head=dict(
         type='RetinaHead',
         num_classes=80,
@@ -26,32 +28,40 @@ model = dict(
             octave_base_scale=4,
             scales_per_octave=3,
             ratios=[0.5, 1.0, 2.0],
-            strides=[8, 16, 32, 64, 128]),
+            strides=[8, 16, 32, 64, 128],
+        ),
         bbox_coder=dict(
             type='DeltaXYWHBBoxCoder',
-            target_means=[0., 0., 0., 0.],
-            target_stds=[1., 1., 1., 1.]),
+            target_means=[0.0, 0.0, 0.0, 0.0],
+            target_stds=[1.0, 1.0, 1.0, 1.0],
+        ),
         loss_cls=dict(
             type='FocalLoss',
             use_sigmoid=True,
             gamma=2.0,
             alpha=0.25,
-            loss_weight=1.0),
-        loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
+            loss_weight=1.0,
+        ),
+        loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+    ),
     train_cfg=dict(
         assigner=dict(
             type='MaxIoUAssigner',
             pos_iou_thr=0.5,
             neg_iou_thr=0.4,
-            min_pos_iou=0.,
-            ignore_iof_thr=-1),
+            min_pos_iou=0.0,
+            ignore_iof_thr=-1,
+        ),
         sampler=dict(type='PseudoSampler'),  # the focal loss takes all anchors
         allowed_border=-1,
         pos_weight=-1,
-        debug=False),
+        debug=False,
+    ),
     test_cfg=dict(
         nms_pre=1000,
         min_bbox_size=0,
         score_thr=0.05,
         nms=dict(type='nms', iou_threshold=0.5),
-        max_per_img=100))
+        max_per_img=100,
+    ),
+)

@@ -7,6 +7,9 @@ model = dict(
             embed_dims=[32, 64, 96, 128],
             num_heads=[1, 2, 3, 4],
             mlp_ratios=[4, 4, 4, 4],
-            depths=[1, 1, 2, 1]),
-        drop_path_rate=0.),
-    head=dict(num_classes=10, in_channels=128))
+            depths=[1, 1, 2, 1],
+        ),
+        drop_path_rate=0.0,
+    ),
+    head=dict(num_classes=10, in_channels=128),
+)

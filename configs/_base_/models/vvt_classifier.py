@@ -6,12 +6,17 @@ model = dict(
         type='LinearClsHead',
         num_classes=1000,
         in_channels=512,
-        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.),
+        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
         loss=dict(
-            type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
-        cal_acc=False),
+            type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'
+        ),
+        cal_acc=False,
+    ),
     # One of the two for each batch, at even odds.
-    train_cfg=dict(augments=[
-        dict(type='Mixup', alpha=0.8),
-        dict(type='CutMix', alpha=1.0),
-    ]))
+    train_cfg=dict(
+        augments=[
+            dict(type='Mixup', alpha=0.8),
+            dict(type='CutMix', alpha=1.0),
+        ]
+    ),
+)

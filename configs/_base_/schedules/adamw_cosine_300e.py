@@ -9,9 +9,11 @@ optim_wrapper = dict(
         lr=5e-4 * 1024 / 512,
         betas=(0.9, 0.999),
         eps=1e-8,
-        weight_decay=0.05),
+        weight_decay=0.05,
+    ),
     constructor='MergedOptimWrapperConstructor',
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+)
 
 param_scheduler = [
     dict(
@@ -19,14 +21,16 @@ param_scheduler = [
         start_factor=1e-3,  # of lr: 1e-6
         by_epoch=True,
         end=5,
-        convert_to_iter_based=True),
+        convert_to_iter_based=True,
+    ),
     dict(
         type='CosineAnnealingLR',
         eta_min=1e-5,
         by_epoch=True,
         begin=5,
         end=300,
-        convert_to_iter_based=True),
+        convert_to_iter_based=True,
+    ),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)

@@ -5,9 +5,11 @@ optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',
     optimizer=dict(
-        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
+    ),
     constructor='MergedOptimWrapperConstructor',
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500),
     dict(
@@ -15,7 +17,8 @@ param_scheduler = [
         by_epoch=True,
         end=12,
         milestones=[8, 11],
-        gamma=0.1),
+        gamma=0.1,
+    ),
 ]
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)

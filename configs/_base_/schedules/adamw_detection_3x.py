@@ -8,6 +8,7 @@ param_scheduler = [
         by_epoch=True,
         end=36,
         milestones=[27, 33],
-        gamma=0.1),
+        gamma=0.1,
+    ),
 ]
 train_cfg = dict(max_epochs=36)

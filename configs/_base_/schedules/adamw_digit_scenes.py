@@ -3,11 +3,11 @@ iterations = 1400
 optim_wrapper = dict(
     type='OptimWrapper',
     # fused: one operation updates all parameters
-    optimizer=dict(
-        type='AdamW', lr=2e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05, fused=True),
     constructor='MergedOptimWrapperConstructor',
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
-    clip_grad=dict(max_norm=1.0))
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    clip_grad=dict(max_norm=1.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=100),
     dict(
@@ -15,10 +15,12 @@ param_scheduler = [
         eta_min=1e-5,
         by_epoch=False,
         begin=100,
-        end=iterations),
+        end=iterations,
+    ),
 ]
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
+    type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations
+)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 auto_scale_lr = dict(base_batch_size=8)

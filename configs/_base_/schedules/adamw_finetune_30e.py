@@ -10,6 +10,7 @@ param_scheduler = [
         eta_min=1e-6,
         by_epoch=True,
         end=30,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    )
 ]
 train_cfg = dict(max_epochs=30)

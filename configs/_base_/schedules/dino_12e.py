@@ -7,10 +7,10 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4),
     clip_grad=dict(max_norm=0.1, norm_type=2),
     constructor='MergedOptimWrapperConstructor',
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))),
+)
 param_scheduler = [
-    dict(
-        type='MultiStepLR', by_epoch=True, end=12, milestones=[11], gamma=0.1)
+    dict(type='MultiStepLR', by_epoch=True, end=12, milestones=[11], gamma=0.1)
 ]
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)

@@ -4,13 +4,13 @@
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',
-    optimizer=dict(type='AdamW', lr=2e-4, weight_decay=1e-4))
+    optimizer=dict(type='AdamW', lr=2e-4, weight_decay=1e-4),
+)
 param_scheduler = [
-    dict(type='PolyLR', power=0.9, eta_min=0., by_epoch=False, end=40000)
+    dict(type='PolyLR', power=0.9, eta_min=0.0, by_epoch=False, end=40000)
 ]
 
-train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=40000, val_interval=8000)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=40000, val_interval=8000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 

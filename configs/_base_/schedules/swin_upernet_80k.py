@@ -6,10 +6,11 @@ param_scheduler = [
     dict(
         type='PolyLR',
         power=1.0,
-        eta_min=0.,
+        eta_min=0.0,
         by_epoch=False,
         begin=1500,
-        end=80000),
+        end=80000,
+    ),
 ]
 train_cfg = dict(max_iters=80000, val_interval=8000)
 

@@ -12,15 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..angles import axis_factors, combine_factors, token_factors
+from ..angles import NUM_FACTORS, axis_factors, combine_factors, token_factors
+from ..autograd import needs_custom_backward
 from ..clamp import clamp_in_place, mask_clamp_grad
 from ..linear import clamp_sums, divide, divide_backward
-from .common import (GradSums, check_differentiated_once, cut,
-                     layer_norm, layer_norm_grads, linear, sum_pixels,
-                     to_images, wants_grad)
-
-# Copies that the features of a token are made of.
-COPIES = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
+from .common import (
+    GradSums,
+    check_differentiated_once,
+    cut,
+    layer_norm,
+    layer_norm_grads,
+    linear,
+    sum_pixels,
+    to_images,
+)
 
 
 class AttentionWeights(NamedTuple):
@@ -65,8 +70,9 @@ class AttentionSettings(NamedTuple):
     norm_eps: float
 
 
-def _factors(shape: Tuple[int, int], rows: slice, locality: str,
-             like: Tensor) -> Optional[Tensor]:
+def _factors(
+    shape: Tuple[int, int], rows: slice, locality: str, like: Tensor
+) -> Optional[Tensor]:
     """What the copies of the features are multiplied by.
 
     Returns:
@@ -77,7 +83,7 @@ def _factors(shape: Tuple[int, int], rows: slice, locality: str,
         return None
     if locality == '1d':
         factors = token_factors(shape, locality, like.dtype, like.device)
-        return factors[rows.start * shape[1]:rows.stop * shape[1]]
+        return factors[rows.start * shape[1] : rows.stop * shape[1]]
     # Of these rows only: a table of the whole grid would not stay in cache.
     of_rows, of_cols = axis_factors(shape, like.dtype, like.device)
     return combine_factors(of_rows[:, rows], of_cols, locality)
@@ -111,8 +117,9 @@ def _merge_heads(t: Tensor, out: Tensor) -> None:
     _split_heads(out, t.shape[1]).copy_(t)
 
 
-def _keys_and_values(projected: Tensor, factors: Optional[Tensor],
-                     num_heads: int) -> Tuple[Tensor, Tensor]:
+def _keys_and_values(
+    projected: Tensor, factors: Optional[Tensor], num_heads: int
+) -> Tuple[Tensor, Tensor]:
     """Features of the keys ``(b, heads, p, n * d)`` and the values.
 
     The values, ``(b, heads, p, d + 1)``, have a column of ones, so that the
@@ -120,7 +127,7 @@ def _keys_and_values(projected: Tensor, factors: Optional[Tensor],
     """
     _, k, v = projected.chunk(3, dim=-1)
     features = _features(_split_heads(k, num_heads).relu(), factors)
-    return features, F.pad(_split_heads(v, num_heads), (0, 1), value=1.)
+    return features, F.pad(_split_heads(v, num_heads), (0, 1), value=1.0)
 
 
 def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
@@ -129,15 +136,19 @@ def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
     return hidden, F.linear(hidden, weights.excite_weight).sigmoid_()
 
 
-def _forward(x: Tensor, weights: AttentionWeights,
-             settings: AttentionSettings, scale: Optional[Tensor],
-             keep: bool):
+def _forward(
+    x: Tensor,
+    weights: AttentionWeights,
+    settings: AttentionSettings,
+    scale: Optional[Tensor],
+    keep: bool,
+):
     """Tokens ``(B, h, w, C)`` to the same, and what a backward pass needs."""
     batch, height, width, _ = x.shape
     heads, clamp = settings.num_heads, settings.clamp
     reduced_dims = weights.out_weight.shape[1]
     head_dims = reduced_dims // heads
-    feature_dims = COPIES[settings.locality] * head_dims
+    feature_dims = NUM_FACTORS[settings.locality] * head_dims
     # The features of a token, before and after they are multiplied.
     pieces = list(cut(batch, height, width, 2 * heads * feature_dims))
 
@@ -146,16 +157,22 @@ def _forward(x: Tensor, weights: AttentionWeights,
     # each strip's wait where its output will be.
     projected = (
         x.new_empty(batch, height, width, 3 * reduced_dims)
-        if keep else out[..., :reduced_dims])
+        if keep
+        else out[..., :reduced_dims]
+    )
     sums = x.new_zeros(batch, heads, feature_dims, head_dims + 1)
     token_sum = x.new_zeros(batch, x.shape[-1])
     for images, strips in pieces:
         for rows in strips:
-            normed, _, _ = layer_norm(x[images, rows], weights.norm_weight,
-                                      weights.norm_bias, settings.norm_eps)
+            normed, _, _ = layer_norm(
+                x[images, rows],
+                weights.norm_weight,
+                weights.norm_bias,
+                settings.norm_eps,
+            )
             token_sum[images] += normed.sum(dim=(1, 2))
             qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
-            projected[images, rows] = qkv[..., :projected.shape[-1]]
+            projected[images, rows] = qkv[..., : projected.shape[-1]]
             factors = _factors((height, width), rows, settings.locality, x)
             k, v = _keys_and_values(qkv, factors, heads)
             sums[images] += k.transpose(-2, -1) @ v
@@ -187,7 +204,6 @@ def _forward(x: Tensor, weights: AttentionWeights,
 
 
 class _AttentionBranch(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, settings, scale, *weights):
         weights = AttentionWeights(*weights)
@@ -200,7 +216,8 @@ class _AttentionBranch(torch.autograd.Function):
     def backward(ctx, grad):
         check_differentiated_once()
         x, scale, projected, kept, sums, token_sum, *weights = (
-            ctx.saved_tensors)
+            ctx.saved_tensors
+        )
         weights, settings = AttentionWeights(*weights), ctx.settings
         batch, height, width, _ = x.shape
         heads, clamp = settings.num_heads, settings.clamp
@@ -227,24 +244,30 @@ class _AttentionBranch(torch.autograd.Function):
                 raw = out = kept[images, rows]
                 if clamp:
                     out = clamp_in_place(raw.clone())
-                    mask_clamp_grad(branch_grad,
-                                    torch.addcmul(out, out, image_gate))
+                    mask_clamp_grad(
+                        branch_grad, torch.addcmul(out, out, image_gate)
+                    )
                 grad_gate[images] += (branch_grad * out).sum(dim=(1, 2))
                 branch_grad.addcmul_(branch_grad, image_gate)
                 if clamp:
                     mask_clamp_grad(branch_grad, raw)
 
                 factors = _factors((height, width), rows, settings.locality, x)
-                q = _split_heads(projected[images, rows, :, :reduced_dims],
-                                 heads).relu()
+                q = _split_heads(
+                    projected[images, rows, :, :reduced_dims], heads
+                ).relu()
                 features = _features(q, factors)
                 # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
                 divided_grad = _split_heads(
-                    linear(branch_grad, from_out), heads).contiguous()
+                    linear(branch_grad, from_out), heads
+                ).contiguous()
                 # (b, heads, p, d + 1) and (b, heads, p, d)
                 products_grad, divided = divide_backward(
-                    divided_grad, features @ clamped_sums[images], clamp,
-                    settings.eps)
+                    divided_grad,
+                    features @ clamped_sums[images],
+                    clamp,
+                    settings.eps,
+                )
                 if clamp:
                     clamp_in_place(divided)
                 merged = raw.new_empty(*raw.shape[:3], reduced_dims)
@@ -255,10 +278,12 @@ class _AttentionBranch(torch.autograd.Function):
                 grad_sums[images] += features.transpose(-2, -1) @ products_grad
                 q_grad = _fold(
                     products_grad @ clamped_sums[images].transpose(-2, -1),
-                    factors)
+                    factors,
+                )
                 _merge_heads(
                     q_grad.mul_(q > 0),
-                    grad_projected[images, rows, :, :reduced_dims])
+                    grad_projected[images, rows, :, :reduced_dims],
+                )
 
         if clamp:
             mask_clamp_grad(grad_sums[..., :-1], sums[..., :-1])
@@ -275,8 +300,9 @@ class _AttentionBranch(torch.autograd.Function):
                 qkv = projected[images, rows]
                 factors = _factors((height, width), rows, settings.locality, x)
                 features, v = _keys_and_values(qkv, factors, heads)
-                k_grad = _fold(v @ grad_sums[images].transpose(-2, -1),
-                               factors)
+                k_grad = _fold(
+                    v @ grad_sums[images].transpose(-2, -1), factors
+                )
                 k = _split_heads(qkv.chunk(3, dim=-1)[1], heads)
                 v_grad = features @ grad_sums[images, :, :, :-1]
                 qkv_grad = grad_projected[images, rows]
@@ -286,27 +312,38 @@ class _AttentionBranch(torch.autograd.Function):
 
                 tokens = x[images, rows]
                 normed, token_mean, rstd = layer_norm(
-                    tokens, weights.norm_weight, weights.norm_bias,
-                    settings.norm_eps)
+                    tokens,
+                    weights.norm_weight,
+                    weights.norm_bias,
+                    settings.norm_eps,
+                )
                 grads.add('qkv_bias', sum_pixels(qkv_grad))
                 grads.add_product('qkv_weight', qkv_grad, normed)
                 normed_grad = linear(qkv_grad, from_qkv)
                 normed_grad.add_(mean_grad[images, None, None])
-                parts = layer_norm_grads(normed_grad, tokens, token_mean, rstd,
-                                         weights.norm_weight,
-                                         weights.norm_bias)
+                parts = layer_norm_grads(
+                    normed_grad,
+                    tokens,
+                    token_mean,
+                    rstd,
+                    weights.norm_weight,
+                    weights.norm_bias,
+                )
                 torch.add(
-                    grad[images, rows], parts[0], out=grad_x[images, rows])
+                    grad[images, rows], parts[0], out=grad_x[images, rows]
+                )
                 grads.add('norm_weight', parts[1])
                 grads.add('norm_bias', parts[2])
         return grad_x, None, None, *grads.of(AttentionWeights._fields)
 
 
-def attention_branch(x: Tensor,
-                     spatial_shape: Tuple[int, int],
-                     weights: AttentionWeights,
-                     settings: AttentionSettings,
-                     scale: Optional[Tensor] = None) -> Tensor:
+def attention_branch(
+    x: Tensor,
+    spatial_shape: Tuple[int, int],
+    weights: AttentionWeights,
+    settings: AttentionSettings,
+    scale: Optional[Tensor] = None,
+) -> Tensor:
     """``x + scale * gated vicinity attention of LayerNorm(x)``.
 
     Args:
@@ -321,7 +358,7 @@ def attention_branch(x: Tensor,
         Tensor: ``(B, N, C)``. It can be differentiated once.
     """
     x, scale = to_images(x, spatial_shape, scale)
-    if wants_grad(x, *weights):
+    if needs_custom_backward(x, *weights):
         out = _AttentionBranch.apply(x, settings, scale, *weights)
     else:
         out, _ = _forward(x, weights, settings, scale, False)

@@ -1,13 +1,12 @@
 """What both branches share: how images are cut, products, window of rows."""
 
-import ctypes
-import os
-from functools import lru_cache
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..autograd import is_transformed
 
 # Numbers of the widest intermediate of a strip, 12 MB in float32. Smaller
 # strips pay more for starting each operation than they save in the caches.
@@ -15,11 +14,6 @@ STRIP_NUMBERS = 4096 * 768
 # Batches with a smaller widest intermediate, 4 MB, are faster layer by layer.
 LEAST_NUMBERS = 1 << 20
 DTYPES = (torch.float32, torch.float64)
-# Of the GNU C library's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# By which a user sets the same.
-MALLOC_SETTINGS = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_',
-                   'GLIBC_TUNABLES')
 
 
 def runs_in_strips(x: Tensor, channels: int) -> bool:
@@ -33,12 +27,15 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
         x (Tensor): ``(B, N, C)``.
         channels (int): Of the widest intermediate.
     """
-    # The compiler first: it would tie its graph to what is looked at.
-    return (not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            and x.device.type == 'cpu' and x.dtype in DTYPES
-            and not torch.is_autocast_enabled('cpu')
-            and type(x) in (Tensor, torch.nn.Parameter)
-            and len(x) * x.shape[1] * channels > LEAST_NUMBERS)
+    # Transforms first: a compiler would tie its graph to what is looked at.
+    return (
+        not is_transformed()
+        and x.device.type == 'cpu'
+        and x.dtype in DTYPES
+        and not torch.is_autocast_enabled('cpu')
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and len(x) * x.shape[1] * channels > LEAST_NUMBERS
+    )
 
 
 def check_differentiated_once() -> None:
@@ -46,47 +43,23 @@ def check_differentiated_once() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             'a block that runs in strips can be differentiated once, and the '
-            "backward pass was called with create_graph=True; attn_cfg="
-            "dict(backend='reference') can be differentiated again")
+            'backward pass was called with create_graph=True; attn_cfg='
+            "dict(backend='reference') can be differentiated again"
+        )
 
 
-@lru_cache(maxsize=None)
-def keep_freed_memory() -> None:
-    """Have the GNU C library keep the memory of freed tensors.
-
-    Linux gives memory page by page where it is first touched, which can take
-    longer than to compute what is put there. The library returns large blocks
-    to the system when they are freed, and what is free at the end of the heap.
-    So raise both limits as far as they go: to 32 MB and 2 GB. Where one of
-    :data:`MALLOC_SETTINGS` is in the environment all stays as it is, and with
-    other C libraries, too.
-    """
-    if any(name in os.environ for name in MALLOC_SETTINGS):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def to_images(x: Tensor, spatial_shape: Tuple[int, int],
-              scale: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+def to_images(
+    x: Tensor, spatial_shape: Tuple[int, int], scale: Optional[Tensor]
+) -> Tuple[Tensor, Optional[Tensor]]:
     """Tokens ``(B, N, C)`` to ``(B, h, w, C)``, their scale likewise."""
-    keep_freed_memory()
     x = x.contiguous().unflatten(1, spatial_shape)
     # (B, 1, 1) -> (B, 1, 1, 1)
     return x, None if scale is None else scale[..., None]
 
 
-def wants_grad(*tensors: Tensor) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def cut(batch: int, height: int, width: int, channels: int
-        ) -> Iterator[Tuple[slice, List[slice]]]:
+def cut(
+    batch: int, height: int, width: int, channels: int
+) -> Iterator[Tuple[slice, List[slice]]]:
     """Cut a batch into groups of whole images, or images into rows.
 
     Args:
@@ -129,22 +102,28 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     Returns:
         Tensor: ``(b, rows, w, C_out)``.
     """
-    return to_pixels(
-        F.conv2d(to_channels(x), weight[:, :, None, None], bias))
+    return to_pixels(F.conv2d(to_channels(x), weight[:, :, None, None], bias))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor,
-               eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tuple[Tensor, Tensor, Tensor]:
     """``(b, rows, w, C)`` normalised over C, means, reciprocal deviations."""
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def layer_norm_grads(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-                     weight: Tensor,
-                     bias: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def layer_norm_grads(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias of :func:`layer_norm`."""
     return torch.ops.aten.native_layer_norm_backward(
-        grad, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True])
+        grad, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+    )
 
 
 def to_channels(x: Tensor) -> Tensor:
@@ -231,11 +210,10 @@ class RowWindow:
             self.buffer = x.new_empty(len(x), strip_rows + 5, *x.shape[2:])
             self.buffer[:, 1] = 0
         else:
-            self.buffer[:, :2] = self.buffer[:, self.stop - 2:self.stop]
+            self.buffer[:, :2] = self.buffer[:, self.stop - 2 : self.stop]
         self.stop = strip_rows + 2
-        self.buffer[:, 2:self.stop] = x
+        self.buffer[:, 2 : self.stop] = x
         if last:
             self.buffer[:, self.stop] = 0
-        window = self.buffer[:, first:self.stop + last]
-        return window, slice(rows.start - 1 + first,
-                             rows.stop - 1 + last), 0
+        window = self.buffer[:, first : self.stop + last]
+        return window, slice(rows.start - 1 + first, rows.stop - 1 + last), 0

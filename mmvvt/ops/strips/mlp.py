@@ -12,9 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import (GradSums, RowWindow, check_differentiated_once, cut,
-                     layer_norm, layer_norm_grads, linear, sum_pixels,
-                     to_channels, to_images, to_pixels, wants_grad)
+from ..autograd import needs_custom_backward
+from .common import (
+    GradSums,
+    RowWindow,
+    check_differentiated_once,
+    cut,
+    layer_norm,
+    layer_norm_grads,
+    linear,
+    sum_pixels,
+    to_channels,
+    to_images,
+    to_pixels,
+)
 
 aten = torch.ops.aten
 
@@ -43,8 +54,9 @@ class MLPWeights(NamedTuple):
     fc2_bias: Tensor
 
 
-def _depthwise(window: Tensor, weight: Tensor, bias: Optional[Tensor],
-               padding: int) -> Tensor:
+def _depthwise(
+    window: Tensor, weight: Tensor, bias: Optional[Tensor], padding: int
+) -> Tensor:
     """``(b, m + 2 - 2 * padding, w, D)`` to ``(b, m, w, D)``."""
     return to_pixels(
         F.conv2d(
@@ -52,21 +64,39 @@ def _depthwise(window: Tensor, weight: Tensor, bias: Optional[Tensor],
             weight,
             bias,
             padding=(padding, 1),
-            groups=window.shape[-1]))
+            groups=window.shape[-1],
+        )
+    )
 
 
-def _depthwise_weight_grads(grad: Tensor, window: Tensor, weight: Tensor,
-                            padding: int) -> Tuple[Tensor, Tensor]:
+def _depthwise_weight_grads(
+    grad: Tensor, window: Tensor, weight: Tensor, padding: int
+) -> Tuple[Tensor, Tensor]:
     """Gradients of the weight and the bias of :func:`_depthwise`."""
     channels = window.shape[-1]
     return aten.convolution_backward(
-        to_channels(grad), to_channels(window), weight, [channels], [1, 1],
-        [padding, 1], [1, 1], False, [0, 0], channels, [False, True, True])[1:]
+        to_channels(grad),
+        to_channels(window),
+        weight,
+        [channels],
+        [1, 1],
+        [padding, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        channels,
+        [False, True, True],
+    )[1:]
 
 
-def _forward(x: Tensor, weights: MLPWeights, eps: float,
-             scale: Optional[Tensor], kept: Optional[list],
-             out: Tensor) -> Tensor:
+def _forward(
+    x: Tensor,
+    weights: MLPWeights,
+    eps: float,
+    scale: Optional[Tensor],
+    kept: Optional[list],
+    out: Tensor,
+) -> Tensor:
     """Tokens ``(B, h, w, C)`` to the same; hidden layers are put in kept.
 
     The result is put in ``out``, which may be ``x``: a row of it is written
@@ -76,12 +106,14 @@ def _forward(x: Tensor, weights: MLPWeights, eps: float,
     for images, strips in cut(*x.shape[:3], hidden_dims):
         window = RowWindow(x.shape[1])
         for rows in strips:
-            normed, _, _ = layer_norm(x[images, rows], weights.norm_weight,
-                                      weights.norm_bias, eps)
+            normed, _, _ = layer_norm(
+                x[images, rows], weights.norm_weight, weights.norm_bias, eps
+            )
             hidden = linear(normed, weights.fc1_weight, weights.fc1_bias)
             hidden, rows, padding = window.push(hidden, rows)
-            mixed = _depthwise(hidden, weights.dwconv_weight,
-                               weights.dwconv_bias, padding)
+            mixed = _depthwise(
+                hidden, weights.dwconv_weight, weights.dwconv_bias, padding
+            )
             if kept is not None and len(strips) == 1:
                 kept += [hidden, mixed]
                 active = F.gelu(mixed)
@@ -95,7 +127,6 @@ def _forward(x: Tensor, weights: MLPWeights, eps: float,
 
 
 class _MLPBranch(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, eps, scale, *weights):
         weights = MLPWeights(*weights)
@@ -127,14 +158,22 @@ class _MLPBranch(torch.autograd.Function):
                     hidden, mixed = next(kept), next(kept)
                     padding = 1
                 else:
-                    normed, _, _ = layer_norm(x[images, rows],
-                                              weights.norm_weight,
-                                              weights.norm_bias, ctx.eps)
-                    hidden = linear(normed, weights.fc1_weight,
-                                    weights.fc1_bias)
+                    normed, _, _ = layer_norm(
+                        x[images, rows],
+                        weights.norm_weight,
+                        weights.norm_bias,
+                        ctx.eps,
+                    )
+                    hidden = linear(
+                        normed, weights.fc1_weight, weights.fc1_bias
+                    )
                     hidden, rows, padding = window.push(hidden, rows)
-                    mixed = _depthwise(hidden, weights.dwconv_weight,
-                                       weights.dwconv_bias, padding)
+                    mixed = _depthwise(
+                        hidden,
+                        weights.dwconv_weight,
+                        weights.dwconv_bias,
+                        padding,
+                    )
                 branch_grad = grad[images, rows]  # (b, m, w, C)
                 if scale is not None:
                     branch_grad = branch_grad * scale[images]
@@ -142,9 +181,11 @@ class _MLPBranch(torch.autograd.Function):
                 grads.add_product('fc2_weight', branch_grad, F.gelu(mixed))
                 # (b, m, w, C) -> (b, m, w, D)
                 mixed_grad = aten.gelu_backward(
-                    linear(branch_grad, to_hidden), mixed)
-                parts = _depthwise_weight_grads(mixed_grad, hidden,
-                                                weights.dwconv_weight, padding)
+                    linear(branch_grad, to_hidden), mixed
+                )
+                parts = _depthwise_weight_grads(
+                    mixed_grad, hidden, weights.dwconv_weight, padding
+                )
                 grads.add('dwconv_weight', parts[0])
                 grads.add('dwconv_bias', parts[1])
 
@@ -152,24 +193,35 @@ class _MLPBranch(torch.autograd.Function):
                 hidden_grad, rows, padding = grad_window.push(mixed_grad, rows)
                 hidden_grad = _depthwise(hidden_grad, flipped, None, padding)
                 tokens = x[images, rows]
-                normed, mean, rstd = layer_norm(tokens, weights.norm_weight,
-                                                weights.norm_bias, ctx.eps)
+                normed, mean, rstd = layer_norm(
+                    tokens, weights.norm_weight, weights.norm_bias, ctx.eps
+                )
                 grads.add('fc1_bias', sum_pixels(hidden_grad))
                 grads.add_product('fc1_weight', hidden_grad, normed)
                 parts = layer_norm_grads(
-                    linear(hidden_grad, to_tokens), tokens, mean, rstd,
-                    weights.norm_weight, weights.norm_bias)
+                    linear(hidden_grad, to_tokens),
+                    tokens,
+                    mean,
+                    rstd,
+                    weights.norm_weight,
+                    weights.norm_bias,
+                )
                 torch.add(
-                    grad[images, rows], parts[0], out=grad_x[images, rows])
+                    grad[images, rows], parts[0], out=grad_x[images, rows]
+                )
                 grads.add('norm_weight', parts[1])
                 grads.add('norm_bias', parts[2])
         return grad_x, None, None, *grads.of(MLPWeights._fields)
 
 
-def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
-               weights: MLPWeights, eps: float,
-               scale: Optional[Tensor] = None,
-               inplace: bool = False) -> Tensor:
+def mlp_branch(
+    x: Tensor,
+    spatial_shape: Tuple[int, int],
+    weights: MLPWeights,
+    eps: float,
+    scale: Optional[Tensor] = None,
+    inplace: bool = False,
+) -> Tensor:
     """``x + scale * fc2(gelu(dwconv(fc1(LayerNorm(x)))))``.
 
     Args:
@@ -186,9 +238,10 @@ def mlp_branch(x: Tensor, spatial_shape: Tuple[int, int],
         Tensor: ``(B, N, C)``. It can be differentiated once.
     """
     x, scale = to_images(x, spatial_shape, scale)
-    if wants_grad(x, *weights):
+    if needs_custom_backward(x, *weights):
         out = _MLPBranch.apply(x, eps, scale, *weights)
     else:
-        out = _forward(x, weights, eps, scale, None,
-                       x if inplace else torch.empty_like(x))
+        out = _forward(
+            x, weights, eps, scale, None, x if inplace else torch.empty_like(x)
+        )
     return out.flatten(1, 2)  # (B, N, C)

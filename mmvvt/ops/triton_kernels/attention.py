@@ -46,10 +46,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (INTERPRETED, add_chunks, cast, clamp, inside,
-                     num_programs, on_its_device, round_bits, split)
+from ..angles import NUM_FACTORS
+from ..dispatch import INTERPRETED
+from .common import (
+    add_chunks,
+    cast,
+    clamp,
+    inside,
+    num_programs,
+    on_its_device,
+    round_bits,
+    split,
+)
 
-FACTORS = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
 _HALF_PI = tl.constexpr(math.pi / 2)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -101,19 +110,23 @@ def _tables(token, tokens, h, w, LOCALITY: tl.constexpr):
 @triton.jit
 def _factor(j, cos_a, sin_a, cos_b, sin_b, LOCALITY: tl.constexpr):
     if LOCALITY == 'none':
-        factor = tl.full(cos_a.shape, 1., tl.float32)
+        factor = tl.full(cos_a.shape, 1.0, tl.float32)
     elif LOCALITY == 'product':
-        factor = (
-            tl.where(j < 2, cos_a, sin_a) * tl.where(j % 2 == 0, cos_b, sin_b))
+        factor = tl.where(j < 2, cos_a, sin_a) * tl.where(
+            j % 2 == 0, cos_b, sin_b
+        )
     else:
-        factor = tl.where(j < 2, tl.where(j == 0, cos_a, sin_a),
-                          tl.where(j == 2, cos_b, sin_b))
+        factor = tl.where(
+            j < 2,
+            tl.where(j == 0, cos_a, sin_a),
+            tl.where(j == 2, cos_b, sin_b),
+        )
     return factor
 
 
 @triton.jit
 def _relu(x):
-    return tl.where(x < 0, 0., x)  # NaN stays NaN
+    return tl.where(x < 0, 0.0, x)  # NaN stays NaN
 
 
 @triton.jit
@@ -140,18 +153,44 @@ def _head_offset(pair, heads, stride_b, stride_h, ALIGN: tl.constexpr):
 @triton.jit
 def _tile(pointer, token, column, stride_n, stride_d):
     # (tokens, columns)
-    return (pointer + token[:, None].to(tl.int64) * stride_n +
-            column[None, :] * stride_d)
+    return (
+        pointer
+        + token[:, None].to(tl.int64) * stride_n
+        + column[None, :] * stride_d
+    )
 
 
 @triton.jit(do_not_specialize=_SIZES + ['chunk', 'chunks'])
-def _partial_sums(x_ptr, y_ptr, weight_ptr, partial_ptr, x_b, x_h, x_n, x_d,
-                  y_b, y_h, y_n, y_d, heads, tokens, h, w, chunk, chunks,
-                  d: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-                  TOKENS: tl.constexpr, FACTORS: tl.constexpr,
-                  LOCALITY: tl.constexpr, WEIGHTED: tl.constexpr,
-                  ALIGN: tl.constexpr, PRODUCT: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def _partial_sums(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    partial_ptr,
+    x_b,
+    x_h,
+    x_n,
+    x_d,
+    y_b,
+    y_h,
+    y_n,
+    y_d,
+    heads,
+    tokens,
+    h,
+    w,
+    chunk,
+    chunks,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    LOCALITY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Sums over a chunk of tokens, for one head and E columns of y:
 
     ``S_j = sum f_j relu(x)^T y`` and ``s_j = sum f_j weight relu(x)``.
@@ -170,10 +209,10 @@ def _partial_sums(x_ptr, y_ptr, weight_ptr, partial_ptr, x_b, x_h, x_n, x_d,
     kv_1 = tl.zeros((D, E), tl.float32)
     kv_2 = tl.zeros((D, E), tl.float32)
     kv_3 = tl.zeros((D, E), tl.float32)
-    k_0 = tl.zeros((D, ), tl.float32)
-    k_1 = tl.zeros((D, ), tl.float32)
-    k_2 = tl.zeros((D, ), tl.float32)
-    k_3 = tl.zeros((D, ), tl.float32)
+    k_0 = tl.zeros((D,), tl.float32)
+    k_1 = tl.zeros((D,), tl.float32)
+    k_2 = tl.zeros((D,), tl.float32)
+    k_3 = tl.zeros((D,), tl.float32)
     begin = part * chunk
     for start in range(begin, tl.minimum(begin + chunk, tokens), TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -181,17 +220,19 @@ def _partial_sums(x_ptr, y_ptr, weight_ptr, partial_ptr, x_b, x_h, x_n, x_d,
         x = tl.load(
             _tile(x_ptr, token, rows, x_n, x_d),
             mask=real[:, None] & (rows < d)[None, :],
-            other=0.)
+            other=0.0,
+        )
         y = tl.load(
             _tile(y_ptr, token, columns, y_n, y_d),
             mask=real[:, None] & (columns < d)[None, :],
-            other=0.)
+            other=0.0,
+        )
         x = _relu(x.to(tl.float32))
         cos_a, sin_a, cos_b, sin_b = _tables(token, tokens, h, w, LOCALITY)
         if WEIGHTED:
-            weight = tl.load(weight_ptr + token, mask=real, other=0.)
+            weight = tl.load(weight_ptr + token, mask=real, other=0.0)
         else:
-            weight = tl.full((TOKENS, ), 1., tl.float32)
+            weight = tl.full((TOKENS,), 1.0, tl.float32)
         for j in tl.static_range(FACTORS):
             factor = _factor(j, cos_a, sin_a, cos_b, sin_b, LOCALITY)
             scaled = x * factor[:, None]
@@ -230,23 +271,35 @@ def _partial_sums(x_ptr, y_ptr, weight_ptr, partial_ptr, x_b, x_h, x_n, x_d,
 
 
 @triton.jit
-def _load_sums(sums_ptr, j, rows, columns, d: tl.constexpr,
-               CLAMP: tl.constexpr):
+def _load_sums(
+    sums_ptr, j, rows, columns, d: tl.constexpr, CLAMP: tl.constexpr
+):
     sums = tl.load(
         sums_ptr + j * d * d + rows[:, None] * d + columns[None, :],
         mask=(rows < d)[:, None] & (columns < d)[None, :],
-        other=0.)
+        other=0.0,
+    )
     return clamp(sums) if CLAMP else sums
 
 
 @triton.jit
-def _mix_key_sums(sums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d: tl.constexpr,
-                  FACTORS: tl.constexpr, LOCALITY: tl.constexpr):
+def _mix_key_sums(
+    sums_ptr,
+    rows,
+    cos_a,
+    sin_a,
+    cos_b,
+    sin_b,
+    d: tl.constexpr,
+    FACTORS: tl.constexpr,
+    LOCALITY: tl.constexpr,
+):
     """``sum_j f_j s_j`` for each token, ``(tokens, D)``."""
     mixed = tl.zeros((cos_a.shape[0], rows.shape[0]), tl.float32)
     for j in tl.static_range(FACTORS):
         key = tl.load(
-            sums_ptr + FACTORS * d * d + j * d + rows, mask=rows < d, other=0.)
+            sums_ptr + FACTORS * d * d + j * d + rows, mask=rows < d, other=0.0
+        )
         factor = _factor(j, cos_a, sin_a, cos_b, sin_b, LOCALITY)
         mixed += factor[:, None] * key[None, :]
     return mixed
@@ -255,16 +308,28 @@ def _mix_key_sums(sums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d: tl.constexpr,
 @triton.jit
 def _normaliser(q, key, eps, real):
     # 1 / 0 beyond the last token would reach the sums as NaN.
-    weight = tl.where(real, tl.sum(q * key, axis=1) + eps, 1.)
-    return tl.div_rn(1., weight)
+    weight = tl.where(real, tl.sum(q * key, axis=1) + eps, 1.0)
+    return tl.div_rn(1.0, weight)
 
 
 @triton.jit
-def _through_sums(x, sums_ptr, columns, cos_a, sin_a, cos_b, sin_b,
-                  d: tl.constexpr, D: tl.constexpr, FACTORS: tl.constexpr,
-                  LOCALITY: tl.constexpr, CLAMP: tl.constexpr,
-                  BACK: tl.constexpr, PRODUCT: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def _through_sums(
+    x,
+    sums_ptr,
+    columns,
+    cos_a,
+    sin_a,
+    cos_b,
+    sin_b,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    FACTORS: tl.constexpr,
+    LOCALITY: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BACK: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """``sum_j f_j x S_j``, or with the transpose of S_j on the way back.
 
     A loop that is not unrolled: IEEE products take their operands from
@@ -278,20 +343,50 @@ def _through_sums(x, sums_ptr, columns, cos_a, sin_a, cos_b, sin_b,
         sums = _load_sums(sums_ptr, j, rows, columns, d, CLAMP)
         if BACK:
             sums = tl.trans(sums)
-        part = _dot(x, sums, tl.zeros((x.shape[0], WIDTH), tl.float32),
-                    PRODUCT, PRECISION)
+        part = _dot(
+            x,
+            sums,
+            tl.zeros((x.shape[0], WIDTH), tl.float32),
+            PRODUCT,
+            PRECISION,
+        )
         factor = _factor(j, cos_a, sin_a, cos_b, sin_b, LOCALITY)
         out += part * factor[:, None]
     return out
 
 
 @triton.jit(do_not_specialize=_SIZES + ['chunk', 'chunks'])
-def _output(q_ptr, sums_ptr, out_ptr, q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
-            heads, tokens, h, w, chunk, chunks, eps, d: tl.constexpr,
-            D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr,
-            FACTORS: tl.constexpr, LOCALITY: tl.constexpr,
-            CLAMP: tl.constexpr, HOIST: tl.constexpr, ALIGN: tl.constexpr,
-            PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+def _output(
+    q_ptr,
+    sums_ptr,
+    out_ptr,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    o_b,
+    o_h,
+    o_n,
+    o_d,
+    heads,
+    tokens,
+    h,
+    w,
+    chunk,
+    chunks,
+    eps,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    LOCALITY: tl.constexpr,
+    CLAMP: tl.constexpr,
+    HOIST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """E columns of the output, for a chunk of one head's tokens."""
     pair = tl.program_id(0) // chunks
     part = tl.program_id(0) % chunks
@@ -315,11 +410,13 @@ def _output(q_ptr, sums_ptr, out_ptr, q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
         q = tl.load(
             _tile(q_ptr, token, rows, q_n, q_d),
             mask=real[:, None] & (rows < d)[None, :],
-            other=0.)
+            other=0.0,
+        )
         q = _relu(q.to(tl.float32))
         cos_a, sin_a, cos_b, sin_b = _tables(token, tokens, h, w, LOCALITY)
-        key = _mix_key_sums(sums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d,
-                            FACTORS, LOCALITY)
+        key = _mix_key_sums(
+            sums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d, FACTORS, LOCALITY
+        )
         z = _normaliser(q, key, eps, real)
         if HOIST:
             numerator = tl.zeros((TOKENS, E), tl.float32)
@@ -332,14 +429,33 @@ def _output(q_ptr, sums_ptr, out_ptr, q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
                     kv = kv_2
                 else:
                     kv = kv_3
-                part_j = _dot(q, kv, tl.zeros((TOKENS, E), tl.float32),
-                              PRODUCT, PRECISION)
+                part_j = _dot(
+                    q,
+                    kv,
+                    tl.zeros((TOKENS, E), tl.float32),
+                    PRODUCT,
+                    PRECISION,
+                )
                 factor = _factor(j, cos_a, sin_a, cos_b, sin_b, LOCALITY)
                 numerator += part_j * factor[:, None]
         else:
-            numerator = _through_sums(q, sums_ptr, columns, cos_a, sin_a,
-                                      cos_b, sin_b, d, D, FACTORS, LOCALITY,
-                                      CLAMP, False, PRODUCT, PRECISION)
+            numerator = _through_sums(
+                q,
+                sums_ptr,
+                columns,
+                cos_a,
+                sin_a,
+                cos_b,
+                sin_b,
+                d,
+                D,
+                FACTORS,
+                LOCALITY,
+                CLAMP,
+                False,
+                PRODUCT,
+                PRECISION,
+            )
         if CLAMP:
             out = clamp(clamp(numerator) * clamp(z)[:, None])
         else:
@@ -347,18 +463,51 @@ def _output(q_ptr, sums_ptr, out_ptr, q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d,
         tl.store(
             _tile(out_ptr, token, columns, o_n, o_d),
             cast(out, out_ptr.dtype.element_ty),
-            mask=real[:, None] & (columns < d)[None, :])
+            mask=real[:, None] & (columns < d)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=_SIZES + ['tiles'])
-def _query_gradient(q_ptr, sums_ptr, grad_ptr, dq_ptr, t_ptr, delta_ptr, q_b,
-                    q_h, q_n, q_d, g_b, g_h, g_n, g_d, dq_b, dq_h, dq_n, dq_d,
-                    t_b, t_h, t_n, t_d, heads, tokens, h, w, tiles,
-                    eps, d: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-                    TOKENS: tl.constexpr, FACTORS: tl.constexpr,
-                    LOCALITY: tl.constexpr, CLAMP: tl.constexpr,
-                    ALIGN: tl.constexpr, PRODUCT: tl.constexpr,
-                    PRECISION: tl.constexpr):
+def _query_gradient(
+    q_ptr,
+    sums_ptr,
+    grad_ptr,
+    dq_ptr,
+    t_ptr,
+    delta_ptr,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    g_b,
+    g_h,
+    g_n,
+    g_d,
+    dq_b,
+    dq_h,
+    dq_n,
+    dq_d,
+    t_b,
+    t_h,
+    t_n,
+    t_d,
+    heads,
+    tokens,
+    h,
+    w,
+    tiles,
+    eps,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    LOCALITY: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dq, t and delta (see the top of the file) of a tile of tokens."""
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -375,55 +524,117 @@ def _query_gradient(q_ptr, sums_ptr, grad_ptr, dq_ptr, t_ptr, delta_ptr, q_b,
     q = tl.load(
         _tile(q_ptr, token, rows, q_n, q_d),
         mask=real[:, None] & (rows < d)[None, :],
-        other=0.)
+        other=0.0,
+    )
     q = _relu(q.to(tl.float32))
     cos_a, sin_a, cos_b, sin_b = _tables(token, tokens, h, w, LOCALITY)
-    key = _mix_key_sums(sums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d,
-                        FACTORS, LOCALITY)
+    key = _mix_key_sums(
+        sums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d, FACTORS, LOCALITY
+    )
     z = _normaliser(q, key, eps, real)
     scale = clamp(z) if CLAMP else z
     dq = tl.zeros((TOKENS, D), tl.float32)
-    dz = tl.zeros((TOKENS, ), tl.float32)
+    dz = tl.zeros((TOKENS,), tl.float32)
     for first in tl.range(0, d, E, num_stages=1):
         columns = first + tl.arange(0, E)
-        numerator = _through_sums(q, sums_ptr, columns, cos_a, sin_a, cos_b,
-                                  sin_b, d, D, FACTORS, LOCALITY, CLAMP, False,
-                                  PRODUCT, PRECISION)
+        numerator = _through_sums(
+            q,
+            sums_ptr,
+            columns,
+            cos_a,
+            sin_a,
+            cos_b,
+            sin_b,
+            d,
+            D,
+            FACTORS,
+            LOCALITY,
+            CLAMP,
+            False,
+            PRODUCT,
+            PRECISION,
+        )
         mask = real[:, None] & (columns < d)[None, :]
         grad = tl.load(
-            _tile(grad_ptr, token, columns, g_n, g_d), mask=mask, other=0.)
+            _tile(grad_ptr, token, columns, g_n, g_d), mask=mask, other=0.0
+        )
         grad = grad.to(tl.float32)
         if CLAMP:
             clamped = clamp(numerator)
-            grad = tl.where(inside(clamped * scale[:, None]), grad, 0.)
+            grad = tl.where(inside(clamped * scale[:, None]), grad, 0.0)
             dz += tl.sum(grad * clamped, axis=1)
-            grad = tl.where(inside(numerator), grad, 0.)
+            grad = tl.where(inside(numerator), grad, 0.0)
         else:
             dz += tl.sum(grad * numerator, axis=1)
         t = cast(grad * scale[:, None], t_ptr.dtype.element_ty)
         tl.store(_tile(t_ptr, token, columns, t_n, t_d), t, mask=mask)
-        dq += _through_sums(t, sums_ptr, columns, cos_a, sin_a, cos_b, sin_b,
-                            d, D, FACTORS, LOCALITY, CLAMP, True, PRODUCT,
-                            PRECISION)
+        dq += _through_sums(
+            t,
+            sums_ptr,
+            columns,
+            cos_a,
+            sin_a,
+            cos_b,
+            sin_b,
+            d,
+            D,
+            FACTORS,
+            LOCALITY,
+            CLAMP,
+            True,
+            PRODUCT,
+            PRECISION,
+        )
     delta = -z * z * dz
     if CLAMP:
-        delta = tl.where(inside(z), delta, 0.)
+        delta = tl.where(inside(z), delta, 0.0)
     tl.store(delta_ptr + token, delta, mask=real)
     dq += delta[:, None] * key
     tl.store(
         _tile(dq_ptr, token, rows, dq_n, dq_d),
-        cast(tl.where(q > 0, dq, 0.), dq_ptr.dtype.element_ty),
-        mask=real[:, None] & (rows < d)[None, :])
+        cast(tl.where(q > 0, dq, 0.0), dq_ptr.dtype.element_ty),
+        mask=real[:, None] & (rows < d)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=_SIZES + ['tiles'])
-def _key_gradient(k_ptr, v_ptr, dsums_ptr, dk_ptr, dv_ptr, k_b, k_h, k_n, k_d,
-                  v_b, v_h, v_n, v_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n,
-                  dv_d, heads, tokens, h, w, tiles, d: tl.constexpr,
-                  D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr,
-                  FACTORS: tl.constexpr, LOCALITY: tl.constexpr,
-                  ALIGN: tl.constexpr, PRODUCT: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def _key_gradient(
+    k_ptr,
+    v_ptr,
+    dsums_ptr,
+    dk_ptr,
+    dv_ptr,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    dk_b,
+    dk_h,
+    dk_n,
+    dk_d,
+    dv_b,
+    dv_h,
+    dv_n,
+    dv_d,
+    heads,
+    tokens,
+    h,
+    w,
+    tiles,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    LOCALITY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dk and dv of a tile of tokens."""
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -437,30 +648,62 @@ def _key_gradient(k_ptr, v_ptr, dsums_ptr, dk_ptr, dv_ptr, k_b, k_h, k_n, k_d,
     token = tile * TOKENS + tl.arange(0, TOKENS)
     real = token < tokens
     k_mask = real[:, None] & (rows < d)[None, :]
-    k = tl.load(_tile(k_ptr, token, rows, k_n, k_d), mask=k_mask, other=0.)
+    k = tl.load(_tile(k_ptr, token, rows, k_n, k_d), mask=k_mask, other=0.0)
     k = _relu(k.to(tl.float32))
     cos_a, sin_a, cos_b, sin_b = _tables(token, tokens, h, w, LOCALITY)
-    dk = _mix_key_sums(dsums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d, FACTORS,
-                       LOCALITY)
+    dk = _mix_key_sums(
+        dsums_ptr, rows, cos_a, sin_a, cos_b, sin_b, d, FACTORS, LOCALITY
+    )
     for first in tl.range(0, d, E, num_stages=1):
         columns = first + tl.arange(0, E)
         mask = real[:, None] & (columns < d)[None, :]
         v = tl.load(
-            _tile(v_ptr, token, columns, v_n, v_d), mask=mask, other=0.)
-        dv = _through_sums(k, dsums_ptr, columns, cos_a, sin_a, cos_b, sin_b,
-                           d, D, FACTORS, LOCALITY, False, False, PRODUCT,
-                           PRECISION)
-        dk += _through_sums(v, dsums_ptr, columns, cos_a, sin_a, cos_b, sin_b,
-                            d, D, FACTORS, LOCALITY, False, True, PRODUCT,
-                            PRECISION)
+            _tile(v_ptr, token, columns, v_n, v_d), mask=mask, other=0.0
+        )
+        dv = _through_sums(
+            k,
+            dsums_ptr,
+            columns,
+            cos_a,
+            sin_a,
+            cos_b,
+            sin_b,
+            d,
+            D,
+            FACTORS,
+            LOCALITY,
+            False,
+            False,
+            PRODUCT,
+            PRECISION,
+        )
+        dk += _through_sums(
+            v,
+            dsums_ptr,
+            columns,
+            cos_a,
+            sin_a,
+            cos_b,
+            sin_b,
+            d,
+            D,
+            FACTORS,
+            LOCALITY,
+            False,
+            True,
+            PRODUCT,
+            PRECISION,
+        )
         tl.store(
             _tile(dv_ptr, token, columns, dv_n, dv_d),
             cast(dv, dv_ptr.dtype.element_ty),
-            mask=mask)
+            mask=mask,
+        )
     tl.store(
         _tile(dk_ptr, token, rows, dk_n, dk_d),
-        cast(tl.where(k > 0, dk, 0.), dk_ptr.dtype.element_ty),
-        mask=k_mask)
+        cast(tl.where(k > 0, dk, 0.0), dk_ptr.dtype.element_ty),
+        mask=k_mask,
+    )
 
 
 # Tokens of a tile, in the kernels of sums, output and gradients.
@@ -482,11 +725,12 @@ def _settings(q: Tensor, locality: str) -> dict:
         d=d,
         D=width,
         E=columns,
-        FACTORS=FACTORS[locality],
+        FACTORS=NUM_FACTORS[locality],
         LOCALITY=locality,
         PRODUCT=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float32,
         PRECISION='ieee' if q.dtype == torch.float32 else 'tf32',
-        num_warps=8 if width > 32 else 4)
+        num_warps=8 if width > 32 else 4,
+    )
 
 
 def _align(*tensors: Tensor) -> int:
@@ -518,22 +762,41 @@ def _take_sums(x, y, weight, grid_shape, settings, forward=None) -> Tensor:
     # A chunk writes J * d * E numbers, as many as hundreds of tokens have:
     # no more chunks than fill the device.
     tile = _TILES[x.dtype][0]
-    chunk, chunks = split(n, tile,
-                          num_programs(x.device) // (pairs * blocks))
+    chunk, chunks = split(n, tile, num_programs(x.device) // (pairs * blocks))
     length = settings['FACTORS'] * d * (d + 1)
     partial = x.new_empty((chunks, pairs, length), dtype=torch.float32)
     _partial_sums[(pairs * chunks, blocks)](
-        x, y, weight, partial, *x.stride(), *y.stride(), heads, n,
-        *grid_shape, chunk, chunks, WEIGHTED=weight is not None,
-        TOKENS=tile, ALIGN=_align(x, y), **settings)
+        x,
+        y,
+        weight,
+        partial,
+        *x.stride(),
+        *y.stride(),
+        heads,
+        n,
+        *grid_shape,
+        chunk,
+        chunks,
+        WEIGHTED=weight is not None,
+        TOKENS=tile,
+        ALIGN=_align(x, y),
+        **settings,
+    )
     return add_chunks(partial, forward, settings['FACTORS'] * d * d)
 
 
 @torch.library.custom_op('mmvvt::vicinity_attention', mutates_args=())
 @on_its_device
-def _forward(q: Tensor, k: Tensor, v: Tensor, query_shape: List[int],
-             key_shape: List[int], locality: str, clamp: bool,
-             eps: float) -> Tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_shape: List[int],
+    key_shape: List[int],
+    locality: str,
+    clamp: bool,
+    eps: float,
+) -> Tuple[Tensor, Tensor]:
     b, heads, n, _ = q.shape
     settings = _settings(q, locality)
     sums = _take_sums(k, v, None, key_shape, settings)
@@ -541,50 +804,107 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, query_shape: List[int],
     blocks = triton.cdiv(settings['d'], settings['E'])
     # Four times as many programs as fill the device even out its load.
     tile = _TILES[q.dtype][1]
-    chunk, chunks = split(n, tile,
-                          4 * num_programs(q.device) // (b * heads * blocks))
+    chunk, chunks = split(
+        n, tile, 4 * num_programs(q.device) // (b * heads * blocks)
+    )
     _output[(b * heads * chunks, blocks)](
-        q, sums, out, *q.stride(), *out.stride(), heads, n, *query_shape,
-        chunk, chunks, eps, CLAMP=clamp, HOIST=q.dtype != torch.float32,
-        TOKENS=tile, ALIGN=_align(q, out), **settings)
+        q,
+        sums,
+        out,
+        *q.stride(),
+        *out.stride(),
+        heads,
+        n,
+        *query_shape,
+        chunk,
+        chunks,
+        eps,
+        CLAMP=clamp,
+        HOIST=q.dtype != torch.float32,
+        TOKENS=tile,
+        ALIGN=_align(q, out),
+        **settings,
+    )
     return out, sums
 
 
 @_forward.register_fake
 def _(q, k, v, query_shape, key_shape, locality, clamp, eps):
     b, heads, _, d = q.shape
-    sums = q.new_empty((b * heads, FACTORS[locality] * d * (d + 1)),
-                       dtype=torch.float32)
+    sums = q.new_empty(
+        (b * heads, NUM_FACTORS[locality] * d * (d + 1)), dtype=torch.float32
+    )
     return _new_like(q), sums
 
 
-@torch.library.custom_op('mmvvt::vicinity_attention_backward',
-                         mutates_args=())
+@torch.library.custom_op('mmvvt::vicinity_attention_backward', mutates_args=())
 @on_its_device
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
-              query_shape: List[int], key_shape: List[int], locality: str,
-              clamp: bool, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    query_shape: List[int],
+    key_shape: List[int],
+    locality: str,
+    clamp: bool,
+    eps: float,
+) -> Tuple[Tensor, Tensor, Tensor]:
     b, heads, n, _ = q.shape
     settings = _settings(q, locality)
     dq, dk, dv = (_new_like(t) for t in (q, k, v))
     # t has no bounds that float16 could keep.
-    t = _new_like(q, torch.bfloat16 if q.dtype ==
-                  torch.bfloat16 else torch.float32)
+    t = _new_like(
+        q, torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    )
     delta = q.new_empty((b * heads, n), dtype=torch.float32)
     tile = _TILES[q.dtype][2]
     tiles = triton.cdiv(n, tile)
-    _query_gradient[(b * heads * tiles, )](
-        q, sums, grad, dq, t, delta, *q.stride(), *grad.stride(),
-        *dq.stride(), *t.stride(), heads, n, *query_shape, tiles, eps,
-        CLAMP=clamp, TOKENS=tile, ALIGN=_align(q, grad, dq, t), **settings)
-    dsums = _take_sums(q, t, delta, query_shape, settings,
-                       sums if clamp else None)
+    _query_gradient[(b * heads * tiles,)](
+        q,
+        sums,
+        grad,
+        dq,
+        t,
+        delta,
+        *q.stride(),
+        *grad.stride(),
+        *dq.stride(),
+        *t.stride(),
+        heads,
+        n,
+        *query_shape,
+        tiles,
+        eps,
+        CLAMP=clamp,
+        TOKENS=tile,
+        ALIGN=_align(q, grad, dq, t),
+        **settings,
+    )
+    dsums = _take_sums(
+        q, t, delta, query_shape, settings, sums if clamp else None
+    )
     m = k.shape[2]
     tiles = triton.cdiv(m, tile)
-    _key_gradient[(b * heads * tiles, )](
-        k, v, dsums, dk, dv, *k.stride(), *v.stride(), *dk.stride(),
-        *dv.stride(), heads, m, *key_shape, tiles,
-        TOKENS=tile, ALIGN=_align(k, v, dk, dv), **settings)
+    _key_gradient[(b * heads * tiles,)](
+        k,
+        v,
+        dsums,
+        dk,
+        dv,
+        *k.stride(),
+        *v.stride(),
+        *dk.stride(),
+        *dv.stride(),
+        heads,
+        m,
+        *key_shape,
+        tiles,
+        TOKENS=tile,
+        ALIGN=_align(k, v, dk, dv),
+        **settings,
+    )
     return dq, dk, dv
 
 
@@ -606,9 +926,16 @@ def _gradients(ctx, grad, _):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor,
-                     query_shape: Tuple[int, int], key_shape: Tuple[int, int],
-                     locality: str, clamp: bool, eps: float) -> Tensor:
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_shape: Tuple[int, int],
+    key_shape: Tuple[int, int],
+    locality: str,
+    clamp: bool,
+    eps: float,
+) -> Tensor:
     """Linear vicinity attention, on a GPU or in Triton's interpreter.
 
     Args:

@@ -1,6 +1,5 @@
 """What the kernels share: how work is cut, rounding, sums of chunks."""
 
-import os
 from functools import wraps
 from typing import Callable, Optional, Tuple
 
@@ -10,9 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..clamp import CLAMP_MAX, CLAMP_MIN
+from ..dispatch import INTERPRETED
 
-# Triton reads the variable when it is imported.
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOW = tl.constexpr(CLAMP_MIN)
 _HIGH = tl.constexpr(CLAMP_MAX)
@@ -83,32 +81,42 @@ def clamp(x):
 
 
 @triton.jit(do_not_specialize=['chunks', 'groups'])
-def _add_chunks(partial_ptr, sums_ptr, forward_ptr, chunks, groups,
-                LENGTH: tl.constexpr, CLAMPED: tl.constexpr,
-                MASKED: tl.constexpr, BLOCK: tl.constexpr,
-                CHUNKS: tl.constexpr):
+def _add_chunks(
+    partial_ptr,
+    sums_ptr,
+    forward_ptr,
+    chunks,
+    groups,
+    LENGTH: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
     group = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < LENGTH
     partial_ptr += group * LENGTH
-    total = tl.zeros((BLOCK, ), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, chunks, CHUNKS):
         part = (start + tl.arange(0, CHUNKS))[:, None].to(tl.int64)
         numbers = tl.load(
             partial_ptr + part * groups * LENGTH + column[None, :],
             mask=(part < chunks) & mask[None, :],
-            other=0.)
+            other=0.0,
+        )
         total += tl.sum(numbers, axis=0)
     if MASKED:
         forward = tl.load(
-            forward_ptr + group * LENGTH + column, mask=mask, other=0.)
-        total = tl.where((column < CLAMPED) & ~inside(forward), 0., total)
+            forward_ptr + group * LENGTH + column, mask=mask, other=0.0
+        )
+        total = tl.where((column < CLAMPED) & ~inside(forward), 0.0, total)
     tl.store(sums_ptr + group * LENGTH + column, total, mask=mask)
 
 
-def add_chunks(partial: Tensor,
-               forward: Optional[Tensor] = None,
-               clamped: int = 0) -> Tensor:
+def add_chunks(
+    partial: Tensor, forward: Optional[Tensor] = None, clamped: int = 0
+) -> Tensor:
     """Add the chunks' sums, always in one order.
 
     Args:
@@ -127,7 +135,15 @@ def add_chunks(partial: Tensor,
     sums = partial.new_empty((groups, length))
     block = 8192 if INTERPRETED else 128  # there, few programs are fast
     _add_chunks[(groups, triton.cdiv(length, block))](
-        partial, sums, forward, chunks, groups, LENGTH=length,
-        CLAMPED=clamped, MASKED=forward is not None, BLOCK=block,
-        CHUNKS=min(32, triton.next_power_of_2(chunks)))
+        partial,
+        sums,
+        forward,
+        chunks,
+        groups,
+        LENGTH=length,
+        CLAMPED=clamped,
+        MASKED=forward is not None,
+        BLOCK=block,
+        CHUNKS=min(32, triton.next_power_of_2(chunks)),
+    )
     return sums

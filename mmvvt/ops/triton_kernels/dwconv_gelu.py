@@ -46,28 +46,32 @@ def _load_token(x_ptr, row, column, channel, h, w, C: tl.constexpr):
     return tl.load(
         x_ptr + token[:, None] * C + channel[None, :],
         mask=real[:, None] & (channel < C)[None, :],
-        other=0.).to(tl.float32)
+        other=0.0,
+    ).to(tl.float32)
 
 
 @triton.jit
 def _load_row(x_ptr, row, column, channel, h, w, C: tl.constexpr):
     """A row of the grid under the left, middle and right weights."""
-    return (_load_token(x_ptr, row, column - 1, channel, h, w, C),
-            _load_token(x_ptr, row, column, channel, h, w, C),
-            _load_token(x_ptr, row, column + 1, channel, h, w, C))
+    return (
+        _load_token(x_ptr, row, column - 1, channel, h, w, C),
+        _load_token(x_ptr, row, column, channel, h, w, C),
+        _load_token(x_ptr, row, column + 1, channel, h, w, C),
+    )
 
 
 @triton.jit
-def _load_weights(weight_ptr, row: tl.constexpr, channel, C: tl.constexpr,
-                  TURN: tl.constexpr):
+def _load_weights(
+    weight_ptr, row: tl.constexpr, channel, C: tl.constexpr, TURN: tl.constexpr
+):
     """A row of the kernel, which is ``(C, 3, 3)``: three ``(1, C)``."""
     first: tl.constexpr = 8 - 3 * row if TURN else 3 * row
     step: tl.constexpr = -1 if TURN else 1
     at = weight_ptr + channel * 9 + first
     mask = channel < C
-    left = tl.load(at, mask=mask, other=0.).to(tl.float32)
-    middle = tl.load(at + step, mask=mask, other=0.).to(tl.float32)
-    right = tl.load(at + 2 * step, mask=mask, other=0.).to(tl.float32)
+    left = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    middle = tl.load(at + step, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(at + 2 * step, mask=mask, other=0.0).to(tl.float32)
     return left[None, :], middle[None, :], right[None, :]
 
 
@@ -81,12 +85,26 @@ def _strip(item, h, across, down, height, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _convolve(x_ptr, weight_ptr, bias_ptr, y_ptr, h, w, across, down, height,
-              C: tl.constexpr, GELU: tl.constexpr, TURN: tl.constexpr,
-              COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+def _convolve(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    h,
+    w,
+    across,
+    down,
+    height,
+    C: tl.constexpr,
+    GELU: tl.constexpr,
+    TURN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """One strip of the convolution, with bias and GELU or with neither."""
     image, top, bottom, column = _strip(
-        tl.program_id(0), h, across, down, height, COLUMNS)
+        tl.program_id(0), h, across, down, height, COLUMNS
+    )
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     x_ptr += image * h * w * C
     y_ptr += image * h * w * C
@@ -94,14 +112,23 @@ def _convolve(x_ptr, weight_ptr, bias_ptr, y_ptr, h, w, across, down, height,
     w10, w11, w12 = _load_weights(weight_ptr, 1, channel, C, TURN)
     w20, w21, w22 = _load_weights(weight_ptr, 2, channel, C, TURN)
     if GELU:
-        bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.)
+        bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0)
         bias = bias.to(tl.float32)[None, :]
     a0, a1, a2 = _load_row(x_ptr, top - 1, column, channel, h, w, C)
     b0, b1, b2 = _load_row(x_ptr, top, column, channel, h, w, C)
     for row in range(top, bottom):
         c0, c1, c2 = _load_row(x_ptr, row + 1, column, channel, h, w, C)
-        y = (a0 * w00 + a1 * w01 + a2 * w02 + b0 * w10 + b1 * w11 + b2 * w12 +
-             c0 * w20 + c1 * w21 + c2 * w22)
+        y = (
+            a0 * w00
+            + a1 * w01
+            + a2 * w02
+            + b0 * w10
+            + b1 * w11
+            + b2 * w12
+            + c0 * w20
+            + c1 * w21
+            + c2 * w22
+        )
         if GELU:
             y += bias
             y = 0.5 * y * (1 + tl.erf(y * _SQRT_HALF))
@@ -109,7 +136,8 @@ def _convolve(x_ptr, weight_ptr, bias_ptr, y_ptr, h, w, across, down, height,
         tl.store(
             y_ptr + token[:, None] * C + channel[None, :],
             cast(y, y_ptr.dtype.element_ty),
-            mask=(column < w)[:, None] & (channel < C)[None, :])
+            mask=(column < w)[:, None] & (channel < C)[None, :],
+        )
         a0, a1, a2 = b0, b1, b2
         b0, b1, b2 = c0, c1, c2
 
@@ -120,9 +148,24 @@ def _store_sum(total, at, channel, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES + ['items', 'chunk'])
-def _sum_gradient(x_ptr, weight_ptr, bias_ptr, dy_ptr, g_ptr, partial_ptr, h,
-                  w, across, down, height, items, chunk, C: tl.constexpr,
-                  COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+def _sum_gradient(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    dy_ptr,
+    g_ptr,
+    partial_ptr,
+    h,
+    w,
+    across,
+    down,
+    height,
+    items,
+    chunk,
+    C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """g (see the top of the file) of a chunk of strips, and their sums of
     weights' and bias's gradients, ``(chunks, 10, C)``.
     """
@@ -131,26 +174,39 @@ def _sum_gradient(x_ptr, weight_ptr, bias_ptr, dy_ptr, g_ptr, partial_ptr, h,
     w00, w01, w02 = _load_weights(weight_ptr, 0, channel, C, False)
     w10, w11, w12 = _load_weights(weight_ptr, 1, channel, C, False)
     w20, w21, w22 = _load_weights(weight_ptr, 2, channel, C, False)
-    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.)
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0)
     bias = bias.to(tl.float32)[None, :]
     d00 = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     d01, d02, d10, d11, d12 = d00, d00, d00, d00, d00
     d20, d21, d22, d_bias = d00, d00, d00, d00
     for item in range(part * chunk, tl.minimum(part * chunk + chunk, items)):
-        image, top, bottom, column = _strip(item, h, across, down, height,
-                                            COLUMNS)
+        image, top, bottom, column = _strip(
+            item, h, across, down, height, COLUMNS
+        )
         start = image * h * w * C
-        a0, a1, a2 = _load_row(x_ptr + start, top - 1, column, channel, h, w,
-                               C)
+        a0, a1, a2 = _load_row(
+            x_ptr + start, top - 1, column, channel, h, w, C
+        )
         b0, b1, b2 = _load_row(x_ptr + start, top, column, channel, h, w, C)
         for row in range(top, bottom):
-            c0, c1, c2 = _load_row(x_ptr + start, row + 1, column, channel, h,
-                                   w, C)
-            s = (a0 * w00 + a1 * w01 + a2 * w02 + b0 * w10 + b1 * w11 +
-                 b2 * w12 + c0 * w20 + c1 * w21 + c2 * w22) + bias
+            c0, c1, c2 = _load_row(
+                x_ptr + start, row + 1, column, channel, h, w, C
+            )
+            s = (
+                a0 * w00
+                + a1 * w01
+                + a2 * w02
+                + b0 * w10
+                + b1 * w11
+                + b2 * w12
+                + c0 * w20
+                + c1 * w21
+                + c2 * w22
+            ) + bias
             g = _load_token(dy_ptr + start, row, column, channel, h, w, C)
-            g *= (0.5 * (1 + tl.erf(s * _SQRT_HALF)) +
-                  s * _DENSITY * tl.exp(-0.5 * s * s))
+            g *= 0.5 * (1 + tl.erf(s * _SQRT_HALF)) + s * _DENSITY * tl.exp(
+                -0.5 * s * s
+            )
             d00 += g * a0
             d01 += g * a1
             d02 += g * a2
@@ -165,7 +221,8 @@ def _sum_gradient(x_ptr, weight_ptr, bias_ptr, dy_ptr, g_ptr, partial_ptr, h,
             tl.store(
                 g_ptr + start + token[:, None] * C + channel[None, :],
                 cast(g, g_ptr.dtype.element_ty),
-                mask=(column < w)[:, None] & (channel < C)[None, :])
+                mask=(column < w)[:, None] & (channel < C)[None, :],
+            )
             a0, a1, a2 = b0, b1, b2
             b0, b1, b2 = c0, c1, c2
     partial_ptr += part.to(tl.int64) * 10 * C
@@ -187,24 +244,40 @@ def _strips(h: int, w: int) -> Tuple[int, int, int]:
     return triton.cdiv(w, _COLUMNS), down, triton.cdiv(h, down)
 
 
-def _run_convolve(x: Tensor, weight: Tensor, bias: Tensor, h: int, w: int,
-                  turn: bool) -> Tensor:
+def _run_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, h: int, w: int, turn: bool
+) -> Tensor:
     """``(B, N, C)`` to ``(B, N, C)``; with turn, of gradients."""
     b, _, c = x.shape
     y = x.new_empty(x.shape)
     across, down, height = _strips(h, w)
     _convolve[(b * across * down, triton.cdiv(c, _CHANNELS))](
-        x, weight, bias, y, h, w, across, down, height, C=c, GELU=not turn,
-        TURN=turn, COLUMNS=_COLUMNS, CHANNELS=_CHANNELS)
+        x,
+        weight,
+        bias,
+        y,
+        h,
+        w,
+        across,
+        down,
+        height,
+        C=c,
+        GELU=not turn,
+        TURN=turn,
+        COLUMNS=_COLUMNS,
+        CHANNELS=_CHANNELS,
+    )
     return y
 
 
 @torch.library.custom_op('mmvvt::dwconv_gelu', mutates_args=())
 @on_its_device
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, h: int,
-             w: int) -> Tensor:
-    return _run_convolve(x.contiguous(), weight.contiguous(),
-                         bias.contiguous(), h, w, False)
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, h: int, w: int
+) -> Tensor:
+    return _run_convolve(
+        x.contiguous(), weight.contiguous(), bias.contiguous(), h, w, False
+    )
 
 
 @_forward.register_fake
@@ -214,8 +287,9 @@ def _(x, weight, bias, h, w):
 
 @torch.library.custom_op('mmvvt::dwconv_gelu_backward', mutates_args=())
 @on_its_device
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h: int,
-              w: int) -> Tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h: int, w: int
+) -> Tuple[Tensor, Tensor, Tensor]:
     dy, x, weight, bias = (t.contiguous() for t in (dy, x, weight, bias))
     b, _, c = x.shape
     across, down, height = _strips(h, w)
@@ -225,8 +299,23 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h: int,
     g = x.new_empty(x.shape)
     partial = x.new_empty((chunks, 1, 10 * c), dtype=torch.float32)
     _sum_gradient[(chunks, blocks)](
-        x, weight, bias, dy, g, partial, h, w, across, down, height, items,
-        chunk, C=c, COLUMNS=_COLUMNS, CHANNELS=_CHANNELS_BACKWARD)
+        x,
+        weight,
+        bias,
+        dy,
+        g,
+        partial,
+        h,
+        w,
+        across,
+        down,
+        height,
+        items,
+        chunk,
+        C=c,
+        COLUMNS=_COLUMNS,
+        CHANNELS=_CHANNELS_BACKWARD,
+    )
     sums = add_chunks(partial).view(10, c)
     dx = _run_convolve(g, weight, bias, h, w, True)
     # (9, C) -> (C, 9) -> (C, 1, 3, 3)
@@ -236,8 +325,11 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, h: int,
 
 @_backward.register_fake
 def _(dy, x, weight, bias, h, w):
-    return (x.new_empty(x.shape), weight.new_empty(weight.shape),
-            bias.new_empty(bias.shape))
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -252,8 +344,9 @@ def _gradients(ctx, dy):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor,
-                spatial_shape: Tuple[int, int]) -> Tensor:
+def dwconv_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: Tuple[int, int]
+) -> Tensor:
     """Depthwise 3x3 convolution, bias and exact GELU.
 
     Args:

@@ -1,0 +1,6 @@
+"""What a Python user calls."""
+
+from .memory import keep_freed_memory
+from .predictor import Predictor, choose_device, find_images
+
+__all__ = ['Predictor', 'choose_device', 'find_images', 'keep_freed_memory']

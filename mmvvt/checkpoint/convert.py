@@ -1,0 +1,283 @@
+"""Conversion between official checkpoints and ours."""
+
+import re
+from typing import Dict, Optional, Tuple, Union
+
+from torch import Tensor
+
+from ..arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
+from ..errors import CheckpointError
+
+State = Dict[str, Tensor]
+
+
+def official_shapes(
+    arch: dict, num_classes: int, in_channels: int = 3, se_ratio: int = 1
+) -> Dict[str, Tuple[int, ...]]:
+    """Every key of an official checkpoint with the shape of its tensor.
+
+    Args:
+        arch (dict): As :func:`mmvvt.arch.resolve_arch` returns it; the heads
+            leave no trace in the tensors.
+        num_classes (int): Rows of the classifier.
+        in_channels (int): Channels of the image. Defaults to 3.
+        se_ratio (int): Reduction in the attention's gate. Defaults to 1.
+
+    Returns:
+        dict[str, tuple[int, ...]]: Shapes by key.
+    """
+    shapes: Dict[str, Tuple[int, ...]] = {}
+
+    def layer(name: str, *weight: int) -> None:
+        shapes[f'{name}.weight'] = weight
+        shapes[f'{name}.bias'] = weight[:1]
+
+    previous = in_channels
+    for i in range(1, NUM_STAGES + 1):
+        dims, depth, fr, sr, ratio = (
+            arch[key][i - 1]
+            for key in (
+                'embed_dims',
+                'depths',
+                'fr_ratios',
+                'sr_ratios',
+                'mlp_ratios',
+            )
+        )
+        kernel = 7 if i == 1 else 3
+        layer(f'patch_embed{i}.proj', dims, previous, kernel, kernel)
+        layer(f'patch_embed{i}.norm', dims)
+        for j in range(depth):
+            block = f'block{i}.{j}'
+            layer(f'{block}.norm1', dims)
+            for name in ('q_proj', 'k_proj', 'v_proj'):
+                layer(f'{block}.attn.{name}', dims // fr, dims)
+            layer(f'{block}.attn.out_proj', dims, dims // fr)
+            hidden = dims // se_ratio
+            shapes[f'{block}.attn.se_fc.0.weight'] = (hidden, dims)
+            shapes[f'{block}.attn.se_fc.2.weight'] = (dims, hidden)
+            if sr > 1:
+                layer(f'{block}.attn.sr', dims, dims, sr, sr)
+                layer(f'{block}.attn.norm', dims)
+            layer(f'{block}.norm2', dims)
+            layer(f'{block}.mlp.fc1', dims * ratio, dims)
+            layer(f'{block}.mlp.dwconv.dwconv', dims * ratio, 1, 3, 3)
+            layer(f'{block}.mlp.fc2', dims, dims * ratio)
+        layer(f'norm{i}', dims)
+        previous = dims
+    layer('head', num_classes, previous)
+    return shapes
+
+
+def _size(state: State, key: str, axis: int) -> int:
+    """Length of a tensor that must be there, 1 at least."""
+    if key not in state:
+        raise CheckpointError(f'no VVT classifier: there is no {key}')
+    tensor = state[key]
+    if not isinstance(tensor, Tensor) or tensor.dim() <= axis:
+        raise CheckpointError(
+            f'no VVT classifier: {key} is no weight of a layer'
+        )
+    return max(tensor.shape[axis], 1)
+
+
+def infer_arch(state: State) -> dict:
+    """Tell the architecture from the tensors of an official checkpoint.
+
+    Args:
+        state (dict[str, Tensor]): Official keys, without ``module.``.
+
+    Returns:
+        dict: ``embed_dims``, ``mlp_ratios``, ``depths``, ``fr_ratios`` and
+        ``sr_ratios``, each a list of four integers. The number of heads
+        leaves no trace in the tensors.
+
+    Raises:
+        CheckpointError: If the tensors that tell it are not there.
+    """
+
+    arch: dict = {
+        key: []
+        for key in (
+            'embed_dims',
+            'mlp_ratios',
+            'depths',
+            'fr_ratios',
+            'sr_ratios',
+        )
+    }
+    for i in range(1, NUM_STAGES + 1):
+        dims = _size(state, f'patch_embed{i}.proj.weight', 0)
+        first = f'block{i}.0'
+        arch['embed_dims'].append(dims)
+        arch['mlp_ratios'].append(
+            _size(state, f'{first}.mlp.fc1.weight', 0) // dims
+        )
+        arch['fr_ratios'].append(
+            dims // _size(state, f'{first}.attn.q_proj.weight', 0)
+        )
+        sr_key = f'{first}.attn.sr.weight'
+        arch['sr_ratios'].append(
+            _size(state, sr_key, 2) if sr_key in state else 1
+        )
+        pattern = re.compile(rf'block{i}\.(\d+)\.')
+        found = [int(m.group(1)) for m in map(pattern.match, state) if m]
+        arch['depths'].append(max(found) + 1)
+    return arch
+
+
+def _name_arch(arch: dict) -> str:
+    """Name of a published architecture.
+
+    Raises:
+        CheckpointError: If it is none of them.
+    """
+    for name in ARCH_SETTINGS:
+        published = resolve_arch(name)
+        if all(published[key] == value for key, value in arch.items()):
+            return name
+    found = ', '.join(f'{key} {value}' for key, value in arch.items())
+    depths = {name: s['depths'] for name, s in ARCH_SETTINGS.items()}
+    raise CheckpointError(
+        f'the tensors are of no published architecture: {found}; the depths '
+        f'of the published ones are {depths}. The file is truncated, or of '
+        'an architecture of its own, which must be given'
+    )
+
+
+def _check_tensors(state: State, arch: Optional[Union[str, dict]]) -> str:
+    """Hold the tensors against an architecture, every key and shape.
+
+    Returns:
+        str: Name of the architecture, 'custom' for one given as a dict.
+
+    Raises:
+        CheckpointError: At the first kind of difference found.
+    """
+    found = infer_arch(state)
+    if arch is None:
+        name = _name_arch(found)
+        expected_arch = resolve_arch(name)
+    else:
+        name = arch if isinstance(arch, str) else 'custom'
+        expected_arch = resolve_arch(arch)
+        wrong = [
+            f'{key} {found[key]} instead of {expected_arch[key]}'
+            for key in found
+            if found[key] != expected_arch[key]
+        ]
+        if wrong:
+            raise CheckpointError(
+                f'the tensors are not of arch {name}: {"; ".join(wrong)}'
+            )
+    se_ratio = 1
+    if isinstance(arch, dict):  # published models have no other
+        gate = _size(state, 'block1.0.attn.se_fc.0.weight', 0)
+        se_ratio = max(expected_arch['embed_dims'][0] // gate, 1)
+    expected = official_shapes(
+        expected_arch,
+        num_classes=_size(state, 'head.weight', 0),
+        in_channels=_size(state, 'patch_embed1.proj.weight', 1),
+        se_ratio=se_ratio,
+    )
+
+    def listing(keys) -> str:
+        keys = sorted(keys)
+        more = f' and {len(keys) - 3} more' if len(keys) > 3 else ''
+        return ', '.join(keys[:3]) + more
+
+    missing = set(expected) - set(state)
+    unknown = set(state) - set(expected)
+    if missing or unknown:
+        parts = [f'missing {listing(missing)}'] if missing else []
+        parts += [f'unknown {listing(unknown)}'] if unknown else []
+        raise CheckpointError(
+            f'the keys do not fit arch {name}: {"; ".join(parts)}'
+        )
+    for key, shape in expected.items():
+        tensor = state[key]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise CheckpointError(f'{key} is no floating-point tensor')
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f'{key} has shape {tuple(tensor.shape)}, '
+                f'arch {name} needs {shape}'
+            )
+    return name
+
+
+def _tensors_of(checkpoint: dict, entry: str) -> State:
+    """The state dict in a checkpoint: under ``entry``, or the file itself."""
+    state = checkpoint.get(entry, checkpoint)
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f'{entry!r} holds no tensors')
+    if not all(isinstance(key, str) for key in state):
+        raise CheckpointError('the keys of the tensors are no strings')
+    if all(key.startswith('module.') for key in state):
+        state = {key[len('module.') :]: t for key, t in state.items()}
+    return state
+
+
+def convert_official(
+    state_or_checkpoint: dict, arch: Optional[Union[str, dict]] = None
+) -> dict:
+    """Turn an official checkpoint into one of an mmpretrain classifier.
+
+    Args:
+        state_or_checkpoint (dict): An official state dict, or a training
+            checkpoint with one under 'model'. Keys may start with
+            ``module.``.
+        arch (str | dict, optional): The architecture that the tensors must
+            be of, see :func:`mmvvt.arch.resolve_arch`. Defaults to None: it
+            is told from the tensors and must be a published one.
+
+    Returns:
+        dict: ``state_dict`` with ``backbone.*`` and ``head.fc.*``, and
+        ``meta`` with the name of the architecture. It holds the tensors
+        given, not copies.
+
+    Raises:
+        CheckpointError: If it is truncated, foreign or of another
+            architecture, with the difference found.
+        ValueError: If ``arch`` is not what is allowed.
+    """
+    state = _tensors_of(state_or_checkpoint, 'model')
+    name = _check_tensors(state, arch)
+    converted = {}
+    for key, tensor in state.items():
+        head = key.startswith('head.')
+        converted[f'head.fc.{key[5:]}' if head else f'backbone.{key}'] = tensor
+    return dict(state_dict=converted, meta=dict(arch=name))
+
+
+def convert_to_official(
+    checkpoint: dict, arch: Optional[Union[str, dict]] = None
+) -> dict:
+    """Turn a classifier's checkpoint into an official one.
+
+    Args:
+        checkpoint (dict): One that :func:`convert_official` or the runner
+            made.
+        arch (str | dict, optional): As for :func:`convert_official`.
+
+    Returns:
+        dict: ``model`` with the official state dict.
+
+    Raises:
+        CheckpointError: If it is not a VVT classifier's.
+        ValueError: If ``arch`` is not what is allowed.
+    """
+    state = _tensors_of(checkpoint, 'state_dict')
+    official = {}
+    for key, tensor in state.items():
+        if key.startswith('backbone.'):
+            official[key[len('backbone.') :]] = tensor
+        elif key.startswith('head.fc.'):
+            official[f'head.{key[len("head.fc.") :]}'] = tensor
+        else:
+            raise CheckpointError(
+                f'{key} belongs to no VVT classifier; its '
+                'keys are backbone.* and head.fc.*'
+            )
+    _check_tensors(official, arch)
+    return dict(model=official)

@@ -1,0 +1,100 @@
+"""Files and folders that are written completely or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from typing import Iterator
+
+from .errors import WriteError
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+@contextmanager
+def atomic_write(path: str, is_dir: bool = False) -> Iterator[str]:
+    """Write a file or a folder under a temporary name, then rename it.
+
+    The parent folder is created if it does not exist. If the block raises,
+    nothing is left behind and an existing file keeps its content. Several
+    processes may write the same folder at once: the first one to finish
+    creates it, and the work of the others is discarded.
+
+    Args:
+        path (str): The file or folder to write. An existing file is
+            replaced; an existing folder must be empty.
+        is_dir (bool): Whether to write a folder. Defaults to False.
+
+    Yields:
+        str: Temporary path, next to ``path``, to write to. It exists and is
+        empty.
+
+    Raises:
+        WriteError: If the path cannot be written, for example because the
+            disk is full. It names the path and the reason.
+    """
+    temporary = None
+    try:
+        parent = os.path.dirname(os.path.abspath(path))
+        os.makedirs(parent, exist_ok=True)
+        if is_dir:
+            temporary = tempfile.mkdtemp(dir=parent, prefix='.writing-')
+        else:
+            handle, temporary = tempfile.mkstemp(
+                dir=parent, prefix='.writing-'
+            )
+            os.close(handle)
+        yield temporary
+        # mkdtemp and mkstemp make private ones; give what open() would give.
+        os.chmod(temporary, (0o777 if is_dir else 0o666) & ~_umask())
+        _rename(temporary, path, is_dir)
+    except OSError as error:
+        raise WriteError(
+            f'cannot write {path}: {error.strerror or error}'
+        ) from error
+    finally:
+        if temporary is not None:
+            _remove(temporary)
+
+
+def _rename(temporary: str, path: str, is_dir: bool) -> None:
+    if not is_dir:
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if not os.path.isdir(path) or not os.listdir(path):
+            raise
+        # Another process was faster.
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.exists(path):
+        os.unlink(path)
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write plain numbers and strings as JSON, completely or not at all.
+
+    Args:
+        path (str): The file to write.
+        content (dict): What to write.
+
+    Raises:
+        ValueError: If a number is not finite, or an object is not plain.
+        WriteError: If the file cannot be written.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False)
+    with atomic_write(path) as temporary:
+        with open(temporary, 'w', encoding='utf-8') as file:
+            file.write(text)

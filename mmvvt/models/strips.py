@@ -1,0 +1,164 @@
+"""A block in strips: a fast path for large images on CPUs.
+
+It computes what the layers of a block compute, see :mod:`mmvvt.ops.strips`,
+but reads their weights instead of calling them. :data:`LAYERS` is the list of
+everything that it assumes about them.
+"""
+
+from typing import TYPE_CHECKING, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor
+
+from mmvvt.ops import LOCALITIES, check_backend
+from mmvvt.ops.strips import (
+    AttentionSettings,
+    AttentionWeights,
+    MLPWeights,
+    attention_branch,
+    mlp_branch,
+    runs_in_strips,
+)
+
+from .attention import VicinityAttention
+from .mlp import DEPTHWISE, EXACT_GELU, ConvMLP, DWConv
+from .stock import StockLayer, find_difference
+
+if TYPE_CHECKING:
+    from .vvt import VVTBlock
+
+
+def _layer_norm() -> StockLayer:
+    return StockLayer(
+        nn.LayerNorm,
+        parameters=dict(weight='C', bias='C'),
+        sizes=dict(normalized_shape='C'),
+    )
+
+
+def _linear(weight: str, bias: Optional[str]) -> StockLayer:
+    return StockLayer(nn.Linear, parameters=dict(weight=weight, bias=bias))
+
+
+# By name, with C channels, R after feature reduction, S in the hidden layer of
+# the gate and D in that of the MLP.
+LAYERS = {
+    'norm1': _layer_norm(),
+    'attn': StockLayer(VicinityAttention, settings=dict(sr_ratio=1)),
+    'attn.q_proj': _linear('RC', 'R'),
+    'attn.k_proj': _linear('RC', 'R'),
+    'attn.v_proj': _linear('RC', 'R'),
+    'attn.out_proj': _linear('CR', 'C'),
+    'attn.se_fc': StockLayer(nn.Sequential),
+    'attn.se_fc.0': _linear('SC', None),
+    'attn.se_fc.1': StockLayer(nn.ReLU),
+    'attn.se_fc.2': _linear('CS', None),
+    'attn.se_fc.3': StockLayer(nn.Sigmoid),
+    'norm2': _layer_norm(),
+    'mlp': StockLayer(ConvMLP),
+    'mlp.fc1': _linear('DC', 'D'),
+    'mlp.dwconv': StockLayer(DWConv),
+    'mlp.dwconv.dwconv': DEPTHWISE,
+    'mlp.act': EXACT_GELU,
+    'mlp.fc2': _linear('CD', 'C'),
+    'mlp.drop': StockLayer(nn.Dropout),
+    'drop_path': StockLayer(DropPath),
+}
+
+
+def find_obstacle(
+    block: 'VVTBlock', x: Tensor, spatial_shape: Tuple[int, int]
+) -> Optional[str]:
+    """Find why a block cannot or should not run in strips.
+
+    Args:
+        block (VVTBlock): The block.
+        x (Tensor): ``(B, N, C)``, its input.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)``.
+
+    Returns:
+        str | None: The first reason; None if it runs in strips.
+    """
+    if not runs_in_strips(x, block.hidden_dims):
+        return 'strips are for large float inputs on a CPU, in eager mode'
+    difference = find_difference(block, LAYERS, x)
+    if difference is not None:
+        return difference
+    attn, mlp = block.attn, block.mlp
+    if check_backend(attn.backend) != 'torch' or mlp.backend != 'torch':
+        return f'the backends are {attn.backend!r} and {mlp.backend!r}'
+    if attn.locality not in LOCALITIES:
+        return f'attn has locality {attn.locality!r}'
+    if attn.q_proj.weight.shape[0] % attn.num_heads:
+        return f'attn has num_heads {attn.num_heads}'
+    if mlp.drop.training and mlp.drop.p > 0:
+        return 'the MLP has dropout'
+    if spatial_shape[0] * spatial_shape[1] != x.shape[1]:
+        return f'x does not have the grid {tuple(spatial_shape)}'
+    return None
+
+
+def _path_scale(drop_path: DropPath, x: Tensor) -> Optional[Tensor]:
+    """Per-sample drop-path scale of a branch, ``(B, 1, 1)``; None for 1."""
+    if not drop_path.training or drop_path.drop_prob == 0:
+        return None
+    return drop_path(x.new_ones(len(x), 1, 1))
+
+
+def forward(
+    block: 'VVTBlock', x: Tensor, spatial_shape: Tuple[int, int]
+) -> Tensor:
+    """Run a block in strips, if :func:`find_obstacle` found nothing.
+
+    Args:
+        block (VVTBlock): The block.
+        x (Tensor): ``(B, N, C)``.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
+
+    Returns:
+        Tensor: ``(B, N, C)``. Double backward is not supported.
+    """
+    attn, mlp = block.attn, block.mlp
+    qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
+    x = attention_branch(
+        x,
+        spatial_shape,
+        AttentionWeights(
+            norm_weight=block.norm1.weight,
+            norm_bias=block.norm1.bias,
+            qkv_weight=torch.cat([layer.weight for layer in qkv]),
+            qkv_bias=torch.cat([layer.bias for layer in qkv]),
+            out_weight=attn.out_proj.weight,
+            out_bias=attn.out_proj.bias,
+            squeeze_weight=attn.se_fc[0].weight,
+            excite_weight=attn.se_fc[2].weight,
+        ),
+        AttentionSettings(
+            num_heads=attn.num_heads,
+            locality=attn.locality,
+            clamp=attn.clamp,
+            eps=attn.eps,
+            norm_eps=block.norm1.eps,
+        ),
+        _path_scale(block.drop_path, x),
+    )
+    return mlp_branch(
+        x,
+        spatial_shape,
+        MLPWeights(
+            norm_weight=block.norm2.weight,
+            norm_bias=block.norm2.bias,
+            fc1_weight=mlp.fc1.weight,
+            fc1_bias=mlp.fc1.bias,
+            dwconv_weight=mlp.dwconv.dwconv.weight,
+            dwconv_bias=mlp.dwconv.dwconv.bias,
+            fc2_weight=mlp.fc2.weight,
+            fc2_bias=mlp.fc2.bias,
+        ),
+        block.norm2.eps,
+        _path_scale(block.drop_path, x),
+        # The output of the attention branch, which nothing else holds.
+        inplace=True,
+    )

@@ -1,0 +1,150 @@
+"""Vicinity attention: checks its arguments and calls the chosen backend."""
+
+from contextlib import nullcontext
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import linear, reference
+from .angles import LOCALITIES
+from .dispatch import check_backend, check_grid
+
+TRITON_HEAD_DIM = 128  # channels of a head, at most
+
+
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, locality: str) -> None:
+    if locality not in LOCALITIES:
+        raise UserError(
+            f'locality must be one of {LOCALITIES}, got {locality!r}'
+        )
+    for name, t in (('q', q), ('k', k), ('v', v)):
+        if t.dim() != 4:
+            raise UserError(
+                f'{name} must be (B, heads, tokens, d), '
+                f'got shape {tuple(t.shape)}'
+            )
+        if not t.is_floating_point():
+            raise UserError(f'{name} must be floating point, got {t.dtype}')
+    if k.shape != v.shape:
+        raise UserError(
+            f'k and v must have one shape, got k '
+            f'{tuple(k.shape)} and v {tuple(v.shape)}'
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise UserError(
+            f'q {tuple(q.shape)} and k {tuple(k.shape)} must agree in '
+            f'(B, heads, ., d)'
+        )
+
+
+def _attention_obstacle(q: Tensor, k: Tensor, v: Tensor) -> Optional[str]:
+    """What, beyond the device and the types, the Triton kernels cannot do."""
+    if q.shape[-1] > TRITON_HEAD_DIM:
+        return (
+            f'the Triton kernels take heads of up to {TRITON_HEAD_DIM} '
+            f'channels, q has {q.shape[-1]}'
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        return (
+            f'the Triton kernels take q, k and v of one type, got '
+            f'{q.dtype}, {k.dtype} and {v.dtype}'
+        )
+    return None
+
+
+def vicinity_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spatial_shape: Tuple[int, int],
+    *,
+    key_shape: Optional[Tuple[int, int]] = None,
+    locality: str = 'sum',
+    clamp: bool = True,
+    eps: float = 1e-4,
+    backend: str = 'auto',
+) -> Tensor:
+    r"""Attention that is linear in the tokens and prefers near neighbours.
+
+    Token p gets :math:`\sum_r w_{pr} v_r / (\sum_r w_{pr} + eps)` with
+    :math:`w_{pr} = relu(q_p) \cdot relu(k_r) \, g(p, r)`, where :math:`g` is
+
+    - 'sum': :math:`\cos(a_p - a_r) + \cos(b_p - b_r)`, in all published
+      models;
+    - 'product': :math:`\cos(a_p - a_r) \cos(b_p - b_r)`;
+    - '1d': :math:`\cos(c_p - c_r)`;
+    - 'none': 1
+
+    and :math:`a = \pi/2 \cdot row/h`, :math:`b = \pi/2 \cdot col/w`,
+    :math:`c = \pi/2 \cdot index/N`. From *Vicinity Vision Transformer*
+    (arXiv 2206.10552); the clamps are those of its official code.
+
+    Args:
+        q (Tensor): ``(B, heads, N, d)``, before any activation.
+        k (Tensor): ``(B, heads, M, d)``, before any activation.
+        v (Tensor): ``(B, heads, M, d)``.
+        spatial_shape (tuple[int, int]): Query grid ``(h, w)``, h * w = N,
+            tokens in row-major order.
+        key_shape (tuple[int, int], optional): Key grid, h * w = M. Defaults
+            to None, the query grid.
+        locality (str): 'sum', 'product', '1d' or 'none'. Defaults to 'sum'.
+        clamp (bool): Limit the magnitudes of key-value sums, normaliser,
+            numerator and output to [1e-4, 1e4], as the published checkpoints
+            need. Defaults to True.
+        eps (float): Added to the sum of weights. Defaults to 1e-4.
+        backend (str): 'reference' is for reading and testing: the quadratic
+            definition where ``clamp`` is False, the plain linear form where
+            it is True. 'torch' is the linear form in stock operations,
+            'triton' in fused kernels for NVIDIA GPUs (float32, bfloat16 or
+            float16, d up to 128). 'auto' takes the environment variable
+            ``MMVVT_BACKEND``, or 'torch'. Defaults to 'auto'.
+
+    Returns:
+        Tensor: ``(B, heads, N, d)`` in the dtype of ``q``. Sums run in
+        float32 at least, whatever autocast says.
+
+    Raises:
+        UserError: If shapes, grids or names do not fit.
+        BackendError: If the backend cannot run, with the reason.
+    """
+    _check_arguments(q, k, v, locality)
+    query_shape = check_grid('spatial_shape', spatial_shape, q.shape[2], 'q')
+    if key_shape is None:
+        key_shape = check_grid('spatial_shape', query_shape, k.shape[2], 'k')
+    else:
+        key_shape = check_grid('key_shape', key_shape, k.shape[2], 'k')
+    backend = check_backend(
+        backend, dict(q=q, k=k, v=v), _attention_obstacle(q, k, v)
+    )
+    if backend == 'triton':
+        from .triton_kernels import attention
+
+        return attention.linear_attention(
+            q, k, v, query_shape, key_shape, locality, clamp, eps
+        )
+
+    device_type = q.device.type
+    autocast_on = torch.is_autocast_enabled(device_type)
+    with (
+        torch.autocast(device_type, enabled=False)
+        if autocast_on
+        else nullcontext()
+    ):
+        if backend == 'torch':
+            return linear.linear_attention(
+                q, k, v, query_shape, key_shape, locality, clamp, eps
+            )
+        dtype = q.dtype
+        accumulate = torch.promote_types(dtype, torch.float32)
+        q, k, v = (t.to(accumulate) for t in (q, k, v))
+        if clamp:
+            out = reference.linear_attention(
+                q, k, v, query_shape, key_shape, locality, eps
+            )
+        else:
+            out = reference.quadratic_attention(
+                q, k, v, query_shape, key_shape, locality, eps
+            )
+        return out.to(dtype)

@@ -1,0 +1,19 @@
+"""Every picture: one function for each kind of drawing."""
+
+from .curves import plot_curves
+from .predictions import draw_classification, draw_detection, draw_segmentation
+from .sheets import (
+    draw_classification_sheet,
+    draw_detection_sheet,
+    draw_segmentation_sheet,
+)
+
+__all__ = [
+    'draw_classification',
+    'draw_classification_sheet',
+    'draw_detection',
+    'draw_detection_sheet',
+    'draw_segmentation',
+    'draw_segmentation_sheet',
+    'plot_curves',
+]

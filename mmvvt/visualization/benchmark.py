@@ -1,0 +1,101 @@
+"""The picture of a benchmark: speed and memory over the image's size."""
+
+from typing import List
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from ..analysis.benchmark import Row
+
+TITLES = dict(forward='forward pass', train_step='training step')
+
+
+def plot_benchmark(rows: List[Row], path: str) -> None:
+    """Draw megapixels per second, and peak memory where it was measured.
+
+    A line for each model and engine, with the 20th to 80th percentile; the
+    VVTs are drawn thicker, the plain formula dashed, compiled models dotted.
+
+    Args:
+        rows (list[Row]): From :func:`mmvvt.analysis.benchmark.read_csv`.
+        path (str): PNG or SVG to write.
+    """
+    modes = [mode for mode in TITLES if any(r.mode == mode for r in rows)]
+    panels = [(mode, 'speed') for mode in modes]
+    panels += [
+        (mode, 'memory')
+        for mode in modes
+        if any(r.mode == mode and r.peak_gib for r in rows)
+    ]
+    series = list(dict.fromkeys((r.model, r.engine) for r in rows))
+    models = list(dict.fromkeys(r.model for r in rows))
+    # The plain formula has the colour of its VVT.
+    base = list(dict.fromkeys(m.removesuffix('-plain') for m in models))
+    columns = 2 if len(panels) > 1 else 1
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 4.2 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (mode, what) in zip(axes.flat, panels):
+        for model, engine in series:
+            picked = sorted(
+                (
+                    r
+                    for r in rows
+                    if (r.model, r.engine, r.mode) == (model, engine, mode)
+                    and (what == 'speed' or r.peak_gib)
+                ),
+                key=lambda r: r.side,
+            )
+            if not picked:
+                continue
+            style = dict(
+                color=f'C{base.index(model.removesuffix("-plain"))}',
+                linewidth=2.5 if model.startswith('vvt') else 1.3,
+                linestyle=':'
+                if engine == 'compiled'
+                else '--'
+                if model.endswith('-plain')
+                else '-',
+                marker='o',
+                markersize=4,
+                label=model + (' compiled' if engine == 'compiled' else ''),
+            )
+            sides = [r.side for r in picked]
+            if what == 'memory':
+                axis.plot(sides, [r.peak_gib for r in picked], **style)
+                continue
+            pixels = [r.batch * r.side**2 / 1e6 for r in picked]
+            speed = [p / r.seconds for p, r in zip(pixels, picked)]
+            low = [p / r.seconds_p80 for p, r in zip(pixels, picked)]
+            high = [p / r.seconds_p20 for p, r in zip(pixels, picked)]
+            axis.plot(sides, speed, **style)
+            axis.vlines(sides, low, high, color=style['color'])
+        shown = sorted(
+            {
+                (r.side, r.batch)
+                for r in rows
+                if r.mode == mode and (what == 'speed' or r.peak_gib)
+            }
+        )
+        axis.set_xscale('log', base=2)
+        axis.set_yscale('log')
+        axis.set_xticks([side for side, _ in shown])
+        axis.set_xticklabels([f'{b} x {s}' for s, b in shown])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f'{value:g}')
+        )
+        axis.set_xlabel('images x pixels a side')
+        axis.set_ylabel(
+            'megapixels per second' if what == 'speed' else 'peak memory (GiB)'
+        )
+        axis.set_title(TITLES[mode])
+        axis.grid(True, which='both', alpha=0.25)
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f'{rows[0].machine}, {rows[0].dtype}', fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,252 @@
+"""A faulty COCO file is named in one line before mmdet reads it."""
+
+import json
+import re
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from mmvvt.errors import AnnotationError
+from mmvvt.preflight import check_data, dataset_class
+from mmvvt.preflight.coco import reads_coco
+
+pytest.importorskip('mmdet')
+
+CLASSES = ('cat', 'dog')
+FILE = r'\S+/annotations/train\.json'
+
+
+def coco(names=CLASSES, images=('a.jpg', 'sub/b.jpg')):
+    """What a COCO file holds; the second image has no annotation."""
+    return dict(
+        images=[
+            dict(id=i, file_name=name, height=40, width=60)
+            for i, name in enumerate(images)
+        ],
+        annotations=[
+            dict(
+                id=7,
+                image_id=0,
+                category_id=1,
+                bbox=[1, 2, 30, 20],
+                area=600,
+                iscrowd=0,
+            )
+        ],
+        categories=[dict(id=i + 1, name=n) for i, n in enumerate(names)],
+    )
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / 'annotations').mkdir()
+    (tmp_path / 'train' / 'sub').mkdir(parents=True)
+    (tmp_path / 'train' / 'a.jpg').touch()
+    (tmp_path / 'train' / 'sub' / 'b.jpg').touch()
+    return tmp_path
+
+
+def config(root, evaluator=None, **dataset):
+    dataset = dict(
+        dict(
+            type='CocoDataset',
+            data_root=str(root),
+            ann_file='annotations/train.json',
+            data_prefix=dict(img='train'),
+            metainfo=dict(classes=CLASSES),
+        ),
+        **dataset,
+    )
+    return Config(
+        dict(test_dataloader=dict(dataset=dataset), test_evaluator=evaluator)
+    )
+
+
+def check(cfg):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        check_data(cfg, ['test_dataloader'])
+
+
+def fault(root, content, **dataset):
+    """The line for a file with this content."""
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
+    (root / 'annotations' / 'train.json').write_bytes(content)
+    with pytest.raises(AnnotationError) as caught:
+        check(config(root, **dataset))
+    line = str(caught.value)
+    start = 'error: test_dataloader (CocoDataset): '
+    assert line.startswith(start) and '\n' not in line
+    return line[len(start) :]
+
+
+def test_good_files_pass(root):
+    path = root / 'annotations' / 'train.json'
+    # more categories than the classes, ids in any order, images unlisted
+    content = coco(['bird', 'cat', 'cow', 'dog'], ['a.jpg'])
+    content['categories'][1]['id'] = 90
+    path.write_text(json.dumps(content))
+    check(config(root))
+    check(
+        config(
+            root, ann_file=str(path), data_prefix=dict(img=str(root / 'train'))
+        )
+    )
+    (root / 'classes.txt').write_text('cat\ndog\n')
+    check(config(root, metainfo=dict(classes=str(root / 'classes.txt'))))
+
+
+def test_file_is_absent(root):
+    with pytest.raises(
+        AnnotationError,
+        match=r'error: test_dataloader '
+        rf'\(CocoDataset\): the annotation file does not '
+        rf'exist: {FILE}$',
+    ):
+        check(config(root))
+
+
+def test_metric_has_a_file_of_its_own(root):
+    path = root / 'annotations' / 'train.json'
+    path.write_text(json.dumps(coco()))
+    evaluator = dict(type='CocoMetric', ann_file=str(path))
+    check(config(root, evaluator))
+    evaluator['ann_file'] = 'val.json'
+    with pytest.raises(
+        AnnotationError,
+        match=r'^error: test_evaluator '
+        r'\(CocoMetric\): the annotation file does not '
+        'exist: val.json$',
+    ):
+        check(config(root, evaluator))
+
+
+@pytest.mark.parametrize(
+    'content', [b'', b'images: []', b'\xff\xd8\xff\xe0', b'{"images": [']
+)
+def test_not_json(root, content):
+    assert re.fullmatch(rf'{FILE} is not JSON: .+', fault(root, content))
+
+
+@pytest.mark.parametrize('part', ['images', 'annotations', 'categories'])
+def test_not_coco(root, part):
+    message = rf"{FILE} is not in COCO format: it has no list '{part}'"
+    content = coco()
+    del content[part]
+    assert re.fullmatch(message, fault(root, content))
+    assert re.fullmatch(message, fault(root, dict(coco(), **{part: {}})))
+
+
+def test_a_list_is_not_coco(root):
+    assert re.fullmatch(
+        rf'{FILE} is not in COCO format: it has no list '
+        r"'images'",
+        fault(root, [1, 2]),
+    )
+
+
+@pytest.mark.parametrize(
+    'part,key',
+    [
+        ('images', 'height'),
+        ('images', 'file_name'),
+        ('annotations', 'bbox'),
+        ('annotations', 'image_id'),
+        ('categories', 'name'),
+    ],
+)
+def test_entry_lacks_a_key(root, part, key):
+    content = coco()
+    del content[part][-1][key]
+    index = len(content[part]) - 1
+    assert re.fullmatch(
+        rf"{FILE} is not in COCO format: {part}\[{index}\] has no '{key}'",
+        fault(root, content),
+    )
+
+
+def test_images_to_predict_on_need_no_annotations(root):
+    content = coco()
+    del content['annotations']
+    fault(root, content)
+    check(config(root, dict(type='CocoMetric', format_only=True)))
+
+
+def test_categories_are_none_of_the_classes(root):
+    assert re.fullmatch(
+        rf"{FILE} has no category 'cat', 'dog', of 2 classes; it has "
+        r"'Cat', 'Dog'; name the classes with "
+        r'dataset\.metainfo=dict\(classes=\(\.\.\.\)\)',
+        fault(root, coco(['Cat', 'Dog'])),
+    )
+    # the classes of the data set's class, where the config names none
+    assert (
+        "has no category 'person', 'bicycle', 'car' and 75 more, of 80 "
+        "classes; it has 'cat', 'dog'; " in fault(root, coco(), metainfo=None)
+    )
+
+
+def test_one_class_is_no_category(root):
+    assert "has no category 'dog', of 2 classes; it has 'cat';" in fault(
+        root, coco(['cat'])
+    )
+    assert "has no category 'cat', 'dog', of 2 classes; it has none;" in fault(
+        root, coco([])
+    )
+
+
+def test_categories_in_another_order(root):
+    """mmdet would call every cat a dog."""
+    assert (
+        'has its categories in another order than the classes, or one '
+        "twice: 'dog' is number 0 of those"
+        in fault(root, coco(['dog', 'bird', 'cat']))
+    )
+    assert "'dog' is number 2 of those" in fault(
+        root, coco(['cat', 'dog', 'dog'])
+    )
+
+
+def test_images_are_absent(root):
+    names = [
+        'a.jpg',
+        'b.jpg',
+        'sub/b.jpg',
+        'sub/c.jpg',
+        'other/d.jpg',
+        'other/e.jpg',
+    ]
+    line = fault(root, coco(images=names))
+    missing = [
+        str(root / 'train' / name)
+        for name in ('b.jpg', 'sub/c.jpg', 'other/d.jpg')
+    ]
+    assert re.fullmatch(
+        rf'{FILE} lists 6 images, of which 4 do not exist: '
+        rf"'{missing[0]}', '{missing[1]}', '{missing[2]}' and 1 more",
+        line,
+    )
+
+
+def test_only_coco_data_sets_are_read(root):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        kinds = {
+            name: reads_coco(dataset_class(dict(type=name)))
+            for name in (
+                'CocoDataset',
+                'CityscapesDataset',
+                'LVISV1Dataset',
+                'CocoPanopticDataset',
+                'VOCDataset',
+                'NoSuchDataset',
+            )
+        }
+    assert kinds == dict(
+        CocoDataset=True,
+        CityscapesDataset=True,
+        LVISV1Dataset=False,
+        CocoPanopticDataset=False,
+        VOCDataset=False,
+        NoSuchDataset=False,
+    )
