@@ -1,4 +1,4 @@
-# Each target sets itself up in .venv and reuses what is there.
+# Each target installs its requirements in .venv and reuses existing files.
 PYTHON ?= python3
 PY := .venv/bin/python
 DIGITS := work_dirs/vvt-nano_digits
@@ -29,11 +29,11 @@ demo:
 	$(PY) tools/analysis_tools/report_classification.py $(DIGITS_CONFIG) \
 	    $(DIGITS)/epoch_30.pth $(DIGITS) $(DIGITS)/test.pkl
 
-# The backbones of the other two demos start from here.
+# The backbones of the other two demos are initialized from this checkpoint.
 $(DIGITS)/epoch_30.pth:
 	$(PY) tools/train.py $(DIGITS_CONFIG) --work-dir $(DIGITS)
 
-# Set-up first: the checkpoint's rule needs it.
+# Install first: training the checkpoint requires the environment.
 demo-seg: install
 	$(MAKE) $(DIGITS)/epoch_30.pth
 	$(PY) tools/train.py $(SCENES_CONFIG) --work-dir $(SCENES)
@@ -53,7 +53,8 @@ demo-det: install
 install:
 	$(PYTHON) requirements/install.py full
 
-# A test process a core, one thread each; a file's tests share what they set up.
+# One process per core with one thread each. The tests of a file run in the same
+# process because they share fixtures.
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 

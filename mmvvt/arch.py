@@ -1,10 +1,10 @@
-"""The published architectures, and the check of one that a user describes."""
+"""Published architectures and validation of user-defined ones."""
 
 from typing import Union
 
 from .errors import UserError
 
-# Published with the paper (arXiv 2206.10552, table 1) and its official code.
+# Architectures of the paper (arXiv 2206.10552, table 1) and official code.
 ARCH_SETTINGS = {
     'tiny': dict(
         embed_dims=[96, 160, 320, 512],
@@ -38,23 +38,24 @@ OPTIONAL_KEYS = {'fr_ratios': 2, 'sr_ratios': 1}
 
 
 def resolve_arch(arch: Union[str, dict]) -> dict:
-    """Complete and check an architecture.
+    """Validate an architecture and fill in its default values.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'medium' or 'large', or a dict
-            with the keys ``embed_dims``, ``num_heads``, ``mlp_ratios``,
-            ``depths`` and, if wanted, ``fr_ratios`` (feature reduction, 2 in
-            each stage by default) and ``sr_ratios`` (spatial reduction, 1 in
-            each stage by default). Each value is a list of four positive
-            integers, one a stage.
+            with the required keys ``embed_dims``, ``num_heads``,
+            ``mlp_ratios`` and ``depths`` and the optional keys ``fr_ratios``
+            (feature reduction ratios, 2 in each stage by default) and
+            ``sr_ratios`` (spatial reduction ratios, 1 in each stage by
+            default). Each value is a list of four positive integers, one per
+            stage.
 
     Returns:
-        dict: All six keys, each a list of four integers.
+        dict: All six keys; each value is a list of four integers.
 
     Raises:
         UserError: If the name is unknown, a key is missing or unknown, a
-            list does not have four positive integers, or the dimensions
-            cannot be divided as asked.
+            value is not a list of four positive integers, or ``embed_dims``
+            is not divisible by ``fr_ratio * num_heads`` in some stage.
     """
     if isinstance(arch, str):
         if arch not in ARCH_SETTINGS:

@@ -1,6 +1,6 @@
-"""What command lines share: arguments, and how errors are printed.
+"""Arguments and error handling shared by the command-line tools.
 
-The only file of the package that ends the process.
+This is the only module of the package that exits the process.
 """
 
 import os
@@ -17,44 +17,44 @@ from .preflight import read_config
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a tool's main function and print a user's error as one line.
+    """Run the main function of a tool and report user errors in one line.
 
     A :class:`mmvvt.errors.UserError` is printed to stderr without a
-    traceback, and the process exits with code 1. Other exceptions are errors
-    of the program and keep their traceback.
+    traceback, and the process exits with code 1. Other exceptions are bugs
+    and keep their traceback.
 
     Args:
-        main (Callable): Called without arguments.
+        main (Callable): Main function, called without arguments.
     """
     try:
         main()
     except UserError as error:
-        # A data loader's worker process puts its traceback in front.
+        # A data loader worker prepends its traceback to the message.
         name = type(error).__name__
         message = str(error).strip().rpartition(f'{name}: ')[2]
         sys.exit(f'error: {message}')
 
 
 def add_common_arguments(parser) -> None:
-    """Arguments that training and testing share."""
+    """Add the arguments shared by training and testing."""
     parser.add_argument(
         '--work-dir',
-        help='folder for logs and results (default: work_dirs/CONFIG_NAME)',
+        help='directory for logs and results (default: work_dirs/CONFIG_NAME)',
     )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='settings of the config to override: key=value, nested keys '
-        'with dots, lists as key="[a,b]"',
+        help='override settings of the config: key=value, nested keys with '
+        'dots, lists as key="[a,b]"',
     )
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='how the processes of a distributed job were started',
+        help='launcher of the distributed job (default: none)',
     )
-    # torch.distributed.launch passes it, torchrun sets the variable.
+    # torch.distributed.launch passes this; torchrun sets LOCAL_RANK.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
@@ -62,11 +62,11 @@ def load_config(args: Namespace) -> Config:
     """Read the config and merge the common arguments into it.
 
     Args:
-        args (Namespace): With what :func:`add_common_arguments` adds, and
-            ``config``.
+        args (Namespace): Parsed arguments with ``config`` and those added by
+            :func:`add_common_arguments`.
 
     Returns:
-        Config: With ``work_dir`` and ``launcher`` set.
+        Config: Config with ``work_dir`` and ``launcher`` set.
     """
     cfg = read_config(args.config, args.cfg_options)
     if args.work_dir is not None:
@@ -79,15 +79,17 @@ def load_config(args: Namespace) -> Config:
 
 
 def init_processes(cfg: Config, args: Namespace) -> None:
-    """Join the process group where there is no GPU to bind to.
+    """Initialize the process group for distributed runs on the CPU.
 
-    mmengine binds each process to a CUDA device, first when it joins the
-    group and again when it wraps the model. It leaves a group that is there
-    already alone, and takes the wrapper's arguments from the config.
+    mmengine binds each process to a CUDA device when it initializes the
+    process group and when it wraps the model. It does not initialize a group
+    that already exists, and it reads the arguments of the model wrapper from
+    the config. This function therefore does both on machines without a GPU.
 
     Args:
-        cfg (Config): ``model_wrapper_cfg`` is set in it where needed.
-        args (Namespace): With ``launcher`` and ``local_rank``.
+        cfg (Config): Config; ``model_wrapper_cfg`` is set if needed.
+        args (Namespace): Parsed arguments with ``launcher`` and
+            ``local_rank``.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher != 'pytorch' or torch.cuda.is_available():

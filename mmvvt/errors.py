@@ -4,10 +4,10 @@
 class UserError(ValueError):
     """A wrong path, file, config or argument, with a message for the user.
 
-    The message is one line: what is wrong, where, and what is allowed. Tools
-    print it without a traceback and exit with code 1, see
-    :func:`mmvvt.cli.run`. In Python, ``except UserError`` catches it and all
-    of its subclasses.
+    The message is one line that states what is wrong, where, and which values
+    are allowed. Tools print it without a traceback and exit with code 1, see
+    :func:`mmvvt.cli.run`. In Python, ``except UserError`` also catches all
+    subclasses.
     """
 
 
@@ -16,11 +16,11 @@ class CheckpointError(UserError):
 
 
 class LabelError(UserError):
-    """A label map with a value that is not a class."""
+    """A label map that contains an invalid class index."""
 
 
 class AnnotationError(UserError):
-    """A COCO annotation file that does not fit the data set."""
+    """A COCO annotation file that does not match the dataset."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -32,4 +32,4 @@ class WriteError(UserError, OSError):
 
 
 class BackendError(UserError, RuntimeError):
-    """A backend that cannot run on this machine or on these tensors."""
+    """A backend that does not support this machine or these tensors."""

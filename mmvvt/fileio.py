@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all."""
+"""Atomic writing of files and folders."""
 
 import json
 import os
@@ -21,9 +21,9 @@ def atomic_write(path: str, is_dir: bool = False) -> Iterator[str]:
     """Write a file or a folder under a temporary name, then rename it.
 
     The parent folder is created if it does not exist. If the block raises,
-    nothing is left behind and an existing file keeps its content. Several
-    processes may write the same folder at once: the first one to finish
-    creates it, and the work of the others is discarded.
+    the temporary path is removed and an existing file is not changed. Several
+    processes may write the same folder at the same time: the first process to
+    finish creates it, and the results of the others are discarded.
 
     Args:
         path (str): The file or folder to write. An existing file is
@@ -50,7 +50,7 @@ def atomic_write(path: str, is_dir: bool = False) -> Iterator[str]:
             )
             os.close(handle)
         yield temporary
-        # mkdtemp and mkstemp make private ones; give what open() would give.
+        # mkdtemp and mkstemp create private files: use the default mode.
         os.chmod(temporary, (0o777 if is_dir else 0o666) & ~_umask())
         _rename(temporary, path, is_dir)
     except OSError as error:
@@ -73,7 +73,7 @@ def _rename(temporary: str, path: str, is_dir: bool) -> None:
     except OSError:
         if not os.path.isdir(path) or not os.listdir(path):
             raise
-        # Another process was faster.
+        # Another process has already written the folder.
 
 
 def _remove(path: str) -> None:
@@ -84,14 +84,15 @@ def _remove(path: str) -> None:
 
 
 def write_json(path: str, content: dict) -> None:
-    """Write plain numbers and strings as JSON, completely or not at all.
+    """Write a JSON file atomically.
 
     Args:
-        path (str): The file to write.
-        content (dict): What to write.
+        path (str): Path of the file to write.
+        content (dict): Content that can be serialized as JSON.
 
     Raises:
-        ValueError: If a number is not finite, or an object is not plain.
+        ValueError: If a number is not finite.
+        TypeError: If an object cannot be serialized.
         WriteError: If the file cannot be written.
     """
     text = json.dumps(content, indent=1, allow_nan=False)

@@ -1,3 +1,3 @@
-"""The version, read by setup.cfg without importing torch."""
+"""Version of the package; setup.cfg reads it without importing torch."""
 
 __version__ = '0.1.0'

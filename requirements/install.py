@@ -1,11 +1,11 @@
-"""Make .venv ready: `demo` without compiled ops, `full` for everything.
+"""Create .venv: `demo` without compiled ops, `full` with all dependencies.
 
-Run again, it checks what is there and reuses it; a broken or half-built
-environment is removed and made anew. Needs nothing but Python.
+An existing environment is checked and reused; a broken or incomplete one is
+removed and created again. The script requires only Python.
 
-mmcv's compiled ops take minutes to build. The wheel is kept outside the
-clone, in a folder named after the versions of Python, torch and mmcv that it
-fits: below MMVVT_WHEELS, by default ~/.cache/mmvvt/wheels.
+Building mmcv's compiled ops takes several minutes. The wheel is cached outside
+the clone, in a folder named after the versions of Python, torch and mmcv. The
+cache is MMVVT_WHEELS, by default ~/.cache/mmvvt/wheels.
 """
 
 import argparse
@@ -29,15 +29,15 @@ BIN = VENV / ('Scripts' if os.name == 'nt' else 'bin')
 PYTHON = BIN / ('python.exe' if os.name == 'nt' else 'python')
 
 MMCV_VERSION = '2.1.0'
-# mmcv 2.1.0 imports pkg_resources, which setuptools 81 no longer brings;
-# ninja and psutil let it build on all cores.
+# mmcv 2.1.0 imports pkg_resources, which setuptools 81 no longer provides.
+# With ninja and psutil, it is built on all cores.
 BUILD_TOOLS = ['setuptools>=75,<81', 'wheel', 'ninja', 'psutil']
 REQUIREMENTS = {
     'demo': ROOT / 'requirements' / 'classification.txt',
     'full': ROOT / 'requirements.txt',
 }
-# What must work before an environment counts as ready: everything imports,
-# and mmvvt is that of this clone.
+# An environment is ready if all packages can be imported and mmvvt is
+# imported from this clone.
 CHECK_CLONE = (
     f'import mmvvt; assert mmvvt.__path__[0] == '
     f'{str(ROOT / "mmvvt")!r}, mmvvt.__path__'
@@ -49,7 +49,7 @@ CHECKS = {
     'import mmcv.ops, mmpretrain, mmseg, mmdet, pytest\n'
     'mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)\n' + CHECK_CLONE,
 }
-HEARTBEAT = 15  # seconds between two signs of life of a long step
+HEARTBEAT = 15  # seconds between progress messages of a long step
 
 started = time.monotonic()
 
@@ -61,7 +61,7 @@ def say(message: str) -> None:
 def run(
     title: str, command: List[str], extra_env: Optional[Dict[str, str]] = None
 ) -> None:
-    """Run a step: its output goes to a log, a sign of life to the screen."""
+    """Run a step, log its output to a file and print its progress."""
     say(title)
     log = Path(tempfile.gettempdir()) / f'mmvvt-install-{os.getpid()}.log'
     env = {**os.environ, **(extra_env or {})}
@@ -110,10 +110,10 @@ def pip(title: str, *arguments: str, **options) -> None:
 
 
 def output_of(code: str) -> Optional[str]:
-    """What Python code prints in the environment; None if it fails.
+    """Run Python code in the environment and return its output.
 
-    It runs outside the clone, whose folder would hide that mmvvt is not
-    installed.
+    The code runs outside the clone: inside, mmvvt could be imported without
+    being installed. Returns None if the code fails.
     """
     try:
         done = subprocess.run(
@@ -128,7 +128,7 @@ def output_of(code: str) -> Optional[str]:
 
 
 def fingerprint(kind: str) -> str:
-    """Changes with the requirements, this script and the interpreter."""
+    """Hash of the requirements, this script and the Python version."""
     digest = hashlib.sha256(sys.version.encode())
     for path in (Path(__file__), *REQUIREMENTS.values(), ROOT / 'setup.cfg'):
         digest.update(path.read_bytes())
@@ -136,7 +136,7 @@ def fingerprint(kind: str) -> str:
 
 
 def installed_kind() -> Optional[str]:
-    """'demo' or 'full' if such an environment was finished and imports."""
+    """Return the kind of a complete, working environment, or None."""
     try:
         stamp = json.loads(STAMP.read_text())['fingerprint']
     except (OSError, ValueError, KeyError):
@@ -156,7 +156,7 @@ def make_venv() -> None:
 
 
 def wheel_folder() -> Path:
-    """Where the wheel that fits Python, torch and mmcv is kept."""
+    """Cache folder of the wheel for these Python, torch and mmcv."""
     key = output_of(
         'import sys, torch; print(f"py{sys.version_info[0]}'
         '{sys.version_info[1]}-torch{torch.__version__}-'
@@ -171,8 +171,8 @@ def build_mmcv(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(dir=folder.parent, prefix='building-')
     try:
-        # Not in isolation: there mmcv would see no torch and leave out the
-        # ops. No cache: pip's does not tell the two kinds of wheel apart.
+        # With build isolation, mmcv would not find torch and would skip the
+        # ops. pip's cache does not distinguish wheels with and without ops.
         pip(
             'building mmcv with its compiled ops (about 13 minutes on 2 '
             f'cores; once, then kept in {folder})',
@@ -199,7 +199,7 @@ def install_mmcv_with_ops() -> None:
         if not wheels:
             build_mmcv(folder)
             wheels = list(folder.glob('mmcv-*.whl'))
-        # mmcv-lite is the same package without ops: one of them only.
+        # mmcv-lite is mmcv without ops; only one may be installed.
         pip('removing mmcv-lite, if there', 'uninstall', '--yes', 'mmcv-lite')
         pip(
             f'installing {wheels[0].name}',
@@ -209,7 +209,7 @@ def install_mmcv_with_ops() -> None:
             '--no-cache-dir',
             str(wheels[0]),
         )
-        # torch comes first: the ops link against its libraries
+        # Import torch first: the ops link against its libraries.
         if output_of('import torch, mmcv.ops') is not None:
             return
         if attempt == 0:
@@ -240,7 +240,7 @@ def main() -> None:
         make_venv()
     STAMP.unlink(missing_ok=True)
 
-    # torch by itself: it is most of the download.
+    # Install torch separately: it is the largest download.
     torch_lines = [
         line
         for line in REQUIREMENTS['demo'].read_text().splitlines()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test on the GPUs of one machine, or of several: run it on each with
-# NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# Test on the GPUs of one or several machines. For several machines, run it on
+# each machine with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
 # Usage: tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of tools/test.py]
 set -euo pipefail
 if [ $# -lt 3 ]; then

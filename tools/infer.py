@@ -1,7 +1,8 @@
-"""Predict an image or a folder of images: pictures, and results as JSON.
+"""Run inference on an image or a folder of images.
 
-The config tells the task: classes with their scores, a class for each pixel,
-or boxes and masks.
+Visualizations are written as PNG files and results as JSON. The task is
+determined by the config: classification, semantic segmentation, or object
+detection with optional masks.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from rich.progress import track
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.apis import Predictor, choose_device, find_images, keep_freed_memory
 from mmvvt.cli import run
 from mmvvt.errors import UserError
@@ -26,30 +27,30 @@ def parse_args():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        'source', metavar='IMAGE_OR_FOLDER', help='subfolders are searched too'
+        'source', metavar='IMAGE_OR_FOLDER', help='image or folder of images'
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--out-dir',
         required=True,
-        help='folder for results.json, pictures/ and label_maps/',
+        help='output folder for results.json, pictures/ and label_maps/',
     )
     parser.add_argument(
         '--device',
-        help='such as cpu or cuda:1 (default: cuda if there is one, else cpu)',
+        help='such as cpu or cuda:1 (default: cuda if available, else cpu)',
     )
     parser.add_argument(
         '--score-thr',
         type=float,
         default=0.3,
-        help='detections with a lower score are left out (default: 0.3)',
+        help='minimum score of detections (default: 0.3)',
     )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='settings of the config to override: key=value',
+        help='override settings of the config: key=value',
     )
     return parser.parse_args()
 
@@ -60,7 +61,7 @@ def main():
         raise UserError(
             f'--score-thr must be from 0 to 1, got {args.score_thr}'
         )
-    # The code bases have much to say that does not matter here.
+    # Suppress log messages that are not relevant for inference.
     MMLogger.get_instance('infer', log_level='ERROR')
     folder, files = find_images(args.source, args.out_dir)
     try:

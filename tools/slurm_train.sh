@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train as a slurm job, one task a GPU.
+# Train as a Slurm job with one task per GPU.
 # Usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=8] [SRUN_ARGS=...] \
 #   tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR \
 #   [options of tools/train.py]
@@ -14,7 +14,7 @@ shift 4
 gpus=${GPUS:-8}
 gpus_per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
 
-# SRUN_ARGS is split into words on purpose.
+# SRUN_ARGS is intentionally split into words.
 # shellcheck disable=SC2086
 srun -p "$partition" \
   --job-name="$job_name" \

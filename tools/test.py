@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint with a config: top-1, mIoU or mAP."""
+"""Evaluate a checkpoint: top-1 accuracy, mIoU or mAP."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import mmengine
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.apis import keep_freed_memory
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.engine import DumpPredictions
@@ -25,20 +25,20 @@ def parse_args():
         help='write the predictions (.pkl) or the metrics (.json)',
     )
     parser.add_argument(
-        '--show-dir', help='draw each image with its prediction into a folder'
+        '--show-dir', help='folder for visualizations of the predictions'
     )
     parser.add_argument(
         '--tta',
         action='store_true',
-        help='test-time augmentation, by tta_model and tta_pipeline of the '
-        'config',
+        help='use test-time augmentation, with the tta_model and '
+        'tta_pipeline of the config',
     )
     add_common_arguments(parser)
     return parser.parse_args()
 
 
 def draw_into(cfg, folder):
-    """Switch on the hook that draws; each code base has its own words."""
+    """Enable the visualization hook, whose options differ by package."""
     hook = cfg.default_hooks.get('visualization')
     kind = (hook or {}).get('type', '')
     if kind.endswith('SegVisualizationHook'):
@@ -46,7 +46,7 @@ def draw_into(cfg, folder):
         cfg.visualizer.save_dir = folder
     elif kind.endswith('DetVisualizationHook'):
         hook.update(draw=True, interval=1)
-        # The hook puts a relative folder into the work folder.
+        # A relative path would be resolved in the work directory.
         hook.test_out_dir = os.path.abspath(folder)
     elif kind.endswith('VisualizationHook'):
         hook.update(enable=True, out_dir=folder, interval=1)
@@ -62,7 +62,7 @@ def augment_at_test_time(cfg):
             raise UserError(f'--tta needs {key} in the config')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # the pipeline is of the innermost one
+    while 'dataset' in dataset:  # the innermost dataset has the pipeline
         dataset = dataset.dataset
     dataset.pipeline = cfg.tta_pipeline
 

@@ -1,11 +1,11 @@
-"""Train the model of a config: a classifier, a segmentor or a detector."""
+"""Train a classifier, a segmentor or a detector."""
 
 import argparse
 import os
 
 from mmengine.runner import Runner, find_latest_checkpoint
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.apis import keep_freed_memory
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.errors import UserError
@@ -25,18 +25,18 @@ def parse_args():
         nargs='?',
         const='auto',
         metavar='auto|PATH',
-        help='go on from the last checkpoint in the work folder (auto, or '
-        'nothing), or from a given one',
+        help='resume from the given checkpoint, or from the latest '
+        'checkpoint in the work directory (auto, or no value)',
     )
     parser.add_argument(
         '--amp',
         action='store_true',
-        help='mixed precision (on a machine without a GPU: float32)',
+        help='use mixed precision (float32 on a machine without a GPU)',
     )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate with the total batch size',
+        help='scale the learning rate by the total batch size',
     )
     add_common_arguments(parser)
     return parser.parse_args()
@@ -44,8 +44,8 @@ def parse_args():
 
 def merge_arguments(cfg, args):
     if args.resume == 'auto':
-        # With no checkpoint yet, begin as without the flag: a job that is
-        # queued again and again may carry it from the first time on.
+        # Without a checkpoint, start training from the beginning, so that a
+        # job that is requeued can always be submitted with this flag.
         cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
         if cfg.resume:
             cfg.load_from = None

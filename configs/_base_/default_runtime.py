@@ -9,10 +9,10 @@ default_hooks = dict(
 )
 
 custom_hooks = [
-    # With seed_worker and no persistent workers in the train loader: a
-    # resumed run ends with the weights of an unbroken one.
+    # With seed_worker and without persistent workers in the train loader, a
+    # resumed run gives the same weights as an uninterrupted run.
     dict(type='EpochSeedHook'),
-    # The log of several processes is that of one with the joint batch.
+    # Averages the logged losses over all processes.
     dict(type='MeanLossHook'),
 ]
 

@@ -1,6 +1,6 @@
-# VVT-medium fine-tuned at 384 from its 224 checkpoint, to be named with
-# --cfg-options load_from=PATH. The paper publishes the result but not the
-# recipe: this one is ours.
+# VVT-medium fine-tuned at 384 x 384 from the checkpoint trained at 224 x 224,
+# set with --cfg-options load_from=PATH. The paper reports the result but not
+# the settings, so these are our own.
 _base_ = [
     '../_base_/models/vvt_classifier.py',
     '../_base_/datasets/imagenet_vvt_384.py',

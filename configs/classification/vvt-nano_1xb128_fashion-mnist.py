@@ -1,12 +1,12 @@
-# A small VVT on Fashion-MNIST (60 000 + 10 000 grey images, 28 x 28), for a
-# laptop. See README.md for where the files come from.
+# VVT-nano on Fashion-MNIST (60 000 training and 10 000 test images, grayscale,
+# 28 x 28), for training on a laptop. See README.md for the download.
 _base_ = [
     '../_base_/models/vvt-nano_classifier.py',
     '../_base_/classification_runtime.py',
 ]
 
 model = dict(backbone=dict(in_channels=1))
-# Mean and deviation of the training images.
+# Mean and standard deviation of the training images.
 data_preprocessor = dict(num_classes=10, mean=[72.94], std=[90.02])
 
 train_pipeline = [

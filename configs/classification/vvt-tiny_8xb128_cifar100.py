@@ -1,5 +1,5 @@
-# VVT-tiny on CIFAR-100 from scratch, enlarged to 224: the setting of the
-# paper's ablations, otherwise as on ImageNet-1K.
+# VVT-tiny trained from scratch on CIFAR-100, resized to 224 x 224, as in the
+# ablation studies of the paper. Other settings are the same as on ImageNet-1K.
 _base_ = [
     '../_base_/models/vvt_classifier.py',
     '../_base_/datasets/cifar100_vvt_224.py',

@@ -1,4 +1,4 @@
-# Mask R-CNN on a small VVT: as the RetinaNet demo, with masks.
+# Mask R-CNN with VVT-nano: the same as the RetinaNet demo, with masks.
 _base_ = [
     '../_base_/models/mask-rcnn_vvt-nano.py',
     '../_base_/datasets/digit_scenes_coco.py',

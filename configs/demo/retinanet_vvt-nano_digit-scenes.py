@@ -1,5 +1,6 @@
-# RetinaNet on a small VVT: handwritten digits on photographs, for two CPU
-# cores. The backbone starts from the classification demo's checkpoint.
+# RetinaNet with VVT-nano: handwritten digits on photographs, for two CPU
+# cores. The backbone is initialized from the checkpoint of the classification
+# demo.
 _base_ = [
     '../_base_/models/retinanet_vvt-nano.py',
     '../_base_/datasets/digit_scenes_coco.py',

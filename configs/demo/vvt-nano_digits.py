@@ -1,17 +1,17 @@
-# A small VVT on scikit-learn's handwritten digits, for two CPU cores.
+# VVT-nano on the handwritten digits of scikit-learn, for two CPU cores.
 _base_ = [
     '../_base_/models/vvt-nano_classifier.py',
     '../_base_/classification_runtime.py',
 ]
 
-# Three equal channels, so that the backbone also serves coloured scenes.
+# Three equal channels, so that the backbone can also be used on RGB images.
 data_preprocessor = dict(num_classes=10, mean=[127.5] * 3, std=[127.5] * 3)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    # 8 x 8 pixels to the least that the backbone takes
+    # Resize from 8 x 8 to the minimum input size of the backbone.
     dict(type='Resize', scale=(32, 32), interpolation='bicubic'),
-    # Dark ink on light, too: the scenes of the other demos have it.
+    # The scenes of the other demos also contain dark digits.
     dict(type='Invert', prob=0.1),
     dict(type='PackInputs'),
 ]
@@ -52,7 +52,7 @@ val_evaluator = dict(type='Accuracy', topk=1)
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(
-    # fused: one operation updates all parameters
+    # One fused operation updates all parameters.
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05, fused=True),
     constructor='MergedOptimWrapperConstructor',
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),

@@ -1,5 +1,6 @@
-# The demo with three times the iterations, on labels of twice the size: those
-# of the short run leave out what a longer one can learn of the strokes' edges.
+# The demo with three times as many iterations and labels of twice the
+# resolution. The labels of the short run have too little detail at the edges
+# of the strokes for longer training.
 _base_ = './vvt-nano_fpn_digit-scenes.py'
 
 train_pipeline = _base_.train_pipeline

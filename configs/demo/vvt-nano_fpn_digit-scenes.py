@@ -1,5 +1,6 @@
-# Semantic FPN on a small VVT: handwritten digits on photographs, for two CPU
-# cores. The backbone starts from the classification demo's checkpoint.
+# Semantic FPN with VVT-nano: handwritten digits on photographs, for two CPU
+# cores. The backbone is initialized from the checkpoint of the classification
+# demo.
 _base_ = [
     '../_base_/models/fpn_vvt-nano.py',
     '../_base_/datasets/digit_scenes.py',
@@ -16,8 +17,8 @@ model = dict(
             prefix='backbone.',
         )
     ),
-    # Seven pixels in eight are background, which drowns the digits in the
-    # cross entropy. The Dice loss leaves it out.
+    # 7 of 8 pixels are background, which dominates the cross-entropy loss. The
+    # Dice loss ignores the background.
     decode_head=dict(
         dropout_ratio=0.0,
         loss_decode=[
@@ -25,8 +26,8 @@ model = dict(
             dict(type='DiceLoss', use_sigmoid=False, ignore_index=10),
         ],
     ),
-    # Which digit it is shows at coarser levels, too: a loss at stride 8
-    # teaches it in fewer iterations. Predictions do without this head.
+    # An auxiliary loss at stride 8 reduces the number of iterations needed to
+    # learn the classes. The head is not used in inference.
     auxiliary_head=dict(
         type='FCNHead',
         in_channels=64,

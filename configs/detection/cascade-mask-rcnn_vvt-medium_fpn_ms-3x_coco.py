@@ -1,4 +1,5 @@
-# Cascade Mask R-CNN on VVT-medium, COCO, 36 epochs of multi-scale training.
+# Cascade Mask R-CNN with VVT-medium on COCO, 36 epochs of multi-scale
+# training.
 _base_ = [
     '../_base_/models/cascade-mask-rcnn_vvt_fpn.py',
     '../_base_/datasets/coco_instance_multiscale.py',

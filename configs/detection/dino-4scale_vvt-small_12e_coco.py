@@ -1,4 +1,4 @@
-# DINO on VVT-small, COCO, 12 epochs.
+# DINO with VVT-small on COCO, 12 epochs.
 _base_ = [
     '../_base_/models/dino_vvt.py',
     '../_base_/datasets/coco_detection_multiscale.py',

@@ -1,4 +1,4 @@
-# Mask R-CNN on VVT-small, COCO, 36 epochs of multi-scale training.
+# Mask R-CNN with VVT-small on COCO, 36 epochs of multi-scale training.
 _base_ = [
     '../_base_/models/mask-rcnn_vvt_fpn.py',
     '../_base_/datasets/coco_instance_multiscale.py',

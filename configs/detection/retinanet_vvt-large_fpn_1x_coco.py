@@ -1,4 +1,4 @@
-# RetinaNet on VVT-large, COCO, 12 epochs.
+# RetinaNet with VVT-large on COCO, 12 epochs.
 _base_ = [
     '../_base_/models/retinanet_vvt_fpn.py',
     '../_base_/datasets/coco_detection.py',
@@ -10,7 +10,7 @@ model = dict(
     backbone=dict(
         arch='large',
         drop_path_rate=0.3,
-        with_cp=True,  # False: faster, and more memory
+        with_cp=True,  # False is faster but uses more memory
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-large_in1k.pth',

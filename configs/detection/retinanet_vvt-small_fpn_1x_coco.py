@@ -1,4 +1,4 @@
-# RetinaNet on VVT-small, COCO, 12 epochs.
+# RetinaNet with VVT-small on COCO, 12 epochs.
 _base_ = [
     '../_base_/models/retinanet_vvt_fpn.py',
     '../_base_/datasets/coco_detection.py',

@@ -1,4 +1,4 @@
-# Semantic FPN on VVT-large, ADE20K at 512 x 512, in PVT's setting.
+# Semantic FPN with VVT-large on ADE20K at 512 x 512, with the settings of PVT.
 _base_ = [
     '../_base_/models/fpn_vvt.py',
     '../_base_/datasets/ade20k_512x512.py',

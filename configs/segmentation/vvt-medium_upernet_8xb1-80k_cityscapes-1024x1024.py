@@ -1,5 +1,6 @@
-# UperNet on VVT-medium, Cityscapes at crops of 1024 x 1024. Ours: the paper
-# has no Cityscapes. Swin's setting with 8 images an iteration, 80 000 times.
+# UperNet with VVT-medium on Cityscapes, crop size 1024 x 1024. The settings
+# are those of Swin, with batch size 8 and 80 000 iterations. The paper has no
+# results on Cityscapes.
 _base_ = [
     '../_base_/models/upernet_vvt.py',
     '../_base_/datasets/cityscapes_1024x1024.py',
@@ -20,6 +21,6 @@ model = dict(
     ),
     decode_head=dict(num_classes=19),
     auxiliary_head=dict(num_classes=19),
-    # A crop of the training size slides over the image, in even steps.
+    # Sliding-window inference with the crop size of training.
     test_cfg=dict(mode='slide', crop_size=(1024, 1024), stride=(512, 512)),
 )

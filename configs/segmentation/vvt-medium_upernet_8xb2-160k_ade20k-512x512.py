@@ -1,4 +1,4 @@
-# UperNet on VVT-medium, ADE20K at 512 x 512, in Swin's setting.
+# UperNet with VVT-medium on ADE20K at 512 x 512, with the settings of Swin.
 _base_ = [
     '../_base_/models/upernet_vvt.py',
     '../_base_/datasets/ade20k_512x512.py',
@@ -18,5 +18,5 @@ model = dict(
         ),
     ),
 )
-# 2 images on each of 8 GPUs.
+# 8 GPUs with 2 images each
 train_dataloader = dict(batch_size=2)

@@ -1,5 +1,5 @@
-# Semantic FPN on VVT-tiny, ADE20K at 512 x 512, in PVT's setting. Ours: the
-# paper trained no tiny model here.
+# Semantic FPN with VVT-tiny on ADE20K at 512 x 512, with the settings of PVT.
+# The paper has no result for this model.
 _base_ = [
     '../_base_/models/fpn_vvt.py',
     '../_base_/datasets/ade20k_512x512.py',

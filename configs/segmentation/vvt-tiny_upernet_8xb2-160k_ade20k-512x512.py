@@ -1,5 +1,5 @@
-# UperNet on VVT-tiny, ADE20K at 512 x 512, in Swin's setting. Ours: the paper
-# trained no tiny model here.
+# UperNet with VVT-tiny on ADE20K at 512 x 512, with the settings of Swin. The
+# paper has no result for this model.
 _base_ = [
     '../_base_/models/upernet_vvt.py',
     '../_base_/datasets/ade20k_512x512.py',
@@ -19,5 +19,5 @@ model = dict(
         ),
     ),
 )
-# 2 images on each of 8 GPUs.
+# 8 GPUs with 2 images each
 train_dataloader = dict(batch_size=2)

@@ -1,4 +1,4 @@
-"""Time backbones against each other in one process, in alternation."""
+"""Benchmark backbones in one process, with interleaved runs."""
 
 import csv
 import multiprocessing
@@ -18,8 +18,8 @@ from ..arch import ARCH_SETTINGS
 from ..errors import UserError
 from .memory import peak_memory_gib
 
-# Other backbones of 23 to 29 M parameters, four stages of strides 4 to 32,
-# as the installed packages have them.
+# Other backbones with 23 to 29 M parameters and four stages of strides 4 to
+# 32, as implemented in the installed packages.
 PEERS: Dict[str, dict] = {
     'swin-tiny': dict(
         type='mmpretrain.SwinTransformer',
@@ -44,7 +44,7 @@ PEERS: Dict[str, dict] = {
         type='mmpretrain.ResNet', depth=50, out_indices=(0, 1, 2, 3)
     ),
 }
-# '-plain' is the plain formula of the official code.
+# '-plain' is the reference implementation, as in the official code.
 VVTS = tuple(
     f'vvt-{arch}{end}' for arch in ARCH_SETTINGS for end in ('', '-plain')
 )
@@ -56,18 +56,18 @@ DTYPES = dict(
 
 
 def build(name: str) -> nn.Module:
-    """A backbone with random weights, the same at each call.
+    """Build a backbone with random weights from a fixed seed.
 
     Args:
         name (str): One of :data:`NAMES`.
 
     Returns:
-        nn.Module: Gives a tuple of four feature maps; on the GPU where there
-        is one.
+        nn.Module: Backbone that returns a tuple of four feature maps. It is
+        moved to the GPU if there is one.
 
     Raises:
-        UserError: If there is no such name.
-        UserError: If the package that has it is not installed.
+        UserError: If the name is unknown.
+        UserError: If the package that provides the model is not installed.
     """
     if name not in NAMES:
         raise UserError(f'a model is one of {", ".join(NAMES)}, got {name!r}')
@@ -98,10 +98,10 @@ def build(name: str) -> nn.Module:
 
 @dataclass
 class Timing:
-    """Seconds of one side.
+    """Timing of one function, in seconds per run.
 
     Attributes:
-        median (float): Middle of the runs.
+        median (float): Median of the runs.
         low (float): 20th percentile.
         high (float): 80th percentile.
     """
@@ -112,7 +112,7 @@ class Timing:
 
 
 def machine_line() -> str:
-    """Processor or GPU, threads, and versions, for the head of a table."""
+    """Describe the device, the number of threads and the versions."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -133,7 +133,7 @@ def machine_line() -> str:
 
 
 def autocast(dtype: str):
-    """The context that a dtype of :data:`DTYPES` stands for."""
+    """Return the autocast context for a dtype of :data:`DTYPES`."""
     if dtype == 'float32':
         return nullcontext()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -143,19 +143,19 @@ def autocast(dtype: str):
 def check_same(
     first: nn.Module, second: nn.Module, image: Tensor, tolerance: float
 ) -> float:
-    """Hold the outputs of two models against each other.
+    """Compare the outputs of two models.
 
     Args:
-        first (nn.Module): A backbone, gives a tuple of feature maps.
-        second (nn.Module): Another one with the same weights.
-        image (Tensor): ``(B, C, H, W)``.
-        tolerance (float): Largest relative error allowed.
+        first (nn.Module): Backbone that returns a tuple of feature maps.
+        second (nn.Module): Another backbone with the same weights.
+        image (Tensor): Input of shape ``(B, C, H, W)``.
+        tolerance (float): Maximum relative error.
 
     Returns:
-        float: Largest relative error ``|a - b| / |b|`` over the outputs.
+        float: Maximum relative error ``|a - b| / |b|`` over the outputs.
 
     Raises:
-        AssertionError: If the error is larger, or not a number.
+        AssertionError: If the error exceeds the tolerance or is NaN.
     """
     with torch.no_grad():
         error = max(
@@ -171,8 +171,16 @@ def check_same(
 
 
 def check_finite(model: nn.Module, image: Tensor) -> None:
-    """Raise an AssertionError unless four finite maps come out, of strides
-    4, 8, 16 and 32."""
+    """Check that a model returns finite feature maps at strides 4 to 32.
+
+    Args:
+        model (nn.Module): Backbone that returns a tuple of feature maps.
+        image (Tensor): Input of shape ``(B, C, H, W)``.
+
+    Raises:
+        AssertionError: If the feature maps do not have strides 4, 8, 16 and
+            32, or contain infinite values or NaN.
+    """
     with torch.no_grad():
         outs = model(image)
     sides = [out.shape[-1] for out in outs]
@@ -186,7 +194,7 @@ def check_finite(model: nn.Module, image: Tensor) -> None:
 
 
 def forward(model: nn.Module, image: Tensor, dtype: str = 'float32') -> None:
-    """One forward pass without gradients, in evaluation mode."""
+    """Run a forward pass in evaluation mode, without gradients."""
     model.eval()
     with torch.no_grad(), autocast(dtype):
         model(image)
@@ -195,7 +203,7 @@ def forward(model: nn.Module, image: Tensor, dtype: str = 'float32') -> None:
 def train_step(
     model: nn.Module, image: Tensor, dtype: str = 'float32'
 ) -> None:
-    """One forward and backward pass, in training mode."""
+    """Run a forward and a backward pass in training mode."""
     model.train()
     model.zero_grad(set_to_none=True)
     with autocast(dtype):
@@ -217,13 +225,24 @@ def _peak(name: str, batch: int, side: int, mode: str, dtype: str) -> float:
 def peak_memory(
     name: str, batch: int, side: int, mode: str, dtype: str
 ) -> float:
-    """Peak memory of one pass, in GiB, measured in a process of its own.
+    """Measure the peak memory of one step in a separate process.
 
-    Of the GPU's tensors; without a GPU, of the whole process, with the
-    libraries (some 0.5 GiB) and the weights.
+    With a GPU, this is the peak memory of the tensors on it. Without a GPU,
+    it is the peak memory of the process, including the libraries (about 0.5
+    GiB) and the weights.
+
+    Args:
+        name (str): One of :data:`NAMES`.
+        batch (int): Batch size.
+        side (int): Height and width of the images, in pixels.
+        mode (str): One of :data:`MODES`.
+        dtype (str): One of :data:`DTYPES`.
+
+    Returns:
+        float: Peak memory in GiB.
 
     Raises:
-        UserError: Without a GPU, on a system other than Linux.
+        UserError: If there is no GPU and the system is not Linux.
     """
     with multiprocessing.get_context('spawn').Pool(1) as pool:
         return pool.apply(_peak, (name, batch, side, mode, dtype))
@@ -232,15 +251,18 @@ def peak_memory(
 def alternate(
     sides: List[Callable[[], None]], runs: int, warmup: int = 1
 ) -> List[Timing]:
-    """Time functions in turn, so that drift of the machine hits all alike.
+    """Time functions with interleaved runs.
+
+    The functions are called in turn, so that changes in the speed of the
+    machine affect all of them equally.
 
     Args:
-        sides (list[Callable]): What to time.
-        runs (int): Counted runs of each.
-        warmup (int): Runs of each before. Defaults to 1.
+        sides (list[Callable]): Functions to time.
+        runs (int): Number of timed runs of each function.
+        warmup (int): Number of warm-up runs of each function. Defaults to 1.
 
     Returns:
-        list[Timing]: One for each side, in their order.
+        list[Timing]: Timing of each function, in the same order.
     """
     seconds: List[List[float]] = [[] for _ in sides]
     for run in range(warmup + runs):
@@ -268,10 +290,16 @@ def _wait() -> None:
 
 
 def parse_size(text: str) -> Tuple[int, int]:
-    """``BxS`` or ``B x S``: batch and side of a square image.
+    """Parse a size such as ``4x224`` or ``4 x 224``.
+
+    Args:
+        text (str): Batch size and side of a square image.
+
+    Returns:
+        tuple[int, int]: Batch size, and side in pixels.
 
     Raises:
-        UserError: If it is anything else.
+        UserError: If the text has another format.
     """
     parts = text.lower().split('x')
     if len(parts) != 2 or not all(p.strip().isdigit() for p in parts):
@@ -279,7 +307,7 @@ def parse_size(text: str) -> Tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-# What an operation of PyTorch's profiler does, by the start of its name.
+# Kinds of operations, by the prefix of their name in PyTorch's profiler.
 KINDS = {
     'matrix products': ('addmm', 'mm', 'bmm', 'baddbmm'),
     'convolutions': (
@@ -299,10 +327,10 @@ OTHER = 'other'
 
 
 def kind_of(operation: str) -> str:
-    """Which of :data:`KINDS` an operation belongs to, or :data:`OTHER`."""
+    """Return the kind of an operation: of :data:`KINDS` or :data:`OTHER`."""
     name = operation.split('::')[-1]
     for kind, starts in KINDS.items():
-        # 'le' is not 'leaky_relu': short names stand for themselves
+        # Short names must match exactly: 'le' is not 'leaky_relu'.
         if any(
             name.startswith(start) if len(start) > 3 else name == start
             for start in starts
@@ -312,16 +340,17 @@ def kind_of(operation: str) -> str:
 
 
 def profile(step: Callable[[], None]) -> Dict[str, float]:
-    """Seconds that one call spends in each kind of operation, on the CPU.
+    """Profile the CPU time of one call by kind of operation.
 
-    A convolution of one pixel is a matrix product, and counted as one.
+    A convolution with a kernel size of 1 is counted as a matrix product.
 
     Args:
-        step (Callable): What to run; it runs twice, the first uncounted.
+        step (Callable): Function to profile. It is called twice; the first
+            call is a warm-up.
 
     Returns:
-        dict[str, float]: Seconds by kind, the longest first. The profiler's
-        own time makes their sum more than the step takes without it.
+        dict[str, float]: Seconds by kind, in descending order. Their sum is
+        larger than the time of the step because of the profiler's overhead.
     """
     step()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -344,22 +373,22 @@ def profile(step: Callable[[], None]) -> Dict[str, float]:
 
 @dataclass
 class Row:
-    """One line of a benchmark's CSV file.
+    """One row of a benchmark's CSV file.
 
     Attributes:
         model (str): One of :data:`NAMES`.
         mode (str): 'forward' or 'train_step'.
         engine (str): 'eager' or 'compiled'.
-        dtype (str): 'float32', or what autocast is set to.
-        batch (int): Images.
-        side (int): Of an image, in pixels.
-        runs (int): Counted runs.
-        seconds (float): Median.
+        dtype (str): 'float32', or the dtype of autocast.
+        batch (int): Batch size.
+        side (int): Height and width of the images, in pixels.
+        runs (int): Number of timed runs.
+        seconds (float): Median time of a run.
         seconds_p20 (float): 20th percentile.
         seconds_p80 (float): 80th percentile.
-        peak_gib (float, optional): See :func:`peak_memory`; None where it
-            was not measured.
-        machine (str): From :func:`machine_line`.
+        peak_gib (float, optional): Peak memory in GiB, see
+            :func:`peak_memory`. None if it was not measured.
+        machine (str): Description returned by :func:`machine_line`.
     """
 
     model: str
@@ -377,7 +406,7 @@ class Row:
 
 
 def write_csv(path: str, rows: List[Row]) -> None:
-    """Write all rows with a head line."""
+    """Write rows to a CSV file with a header."""
     with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
@@ -391,10 +420,17 @@ def write_csv(path: str, rows: List[Row]) -> None:
 
 
 def read_csv(path: str) -> List[Row]:
-    """Rows of a file of :func:`write_csv`.
+    """Read a CSV file written by :func:`write_csv`.
+
+    Args:
+        path (str): Path of the CSV file.
+
+    Returns:
+        list[Row]: Rows of the file.
 
     Raises:
-        UserError: If the file has other columns, or no rows.
+        UserError: If the file cannot be read, has other columns or has no
+            rows.
     """
     try:
         with open(path, newline='', encoding='utf-8') as file:

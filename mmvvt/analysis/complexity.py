@@ -13,19 +13,20 @@ from ..models import ConvMLP, VicinityAttention
 
 @dataclass
 class Complexity:
-    """What :func:`count` found.
+    """Complexity of a model, as computed by :func:`count`.
 
     Attributes:
-        parameters (int): Elements of all parameters.
-        multiply_adds (int): Of matrix products and convolutions.
+        parameters (int): Total number of elements of all parameters.
+        multiply_adds (int): Multiply-adds of matrix products and
+            convolutions.
     """
 
     parameters: int
     multiply_adds: int
 
 
-# Heads of detectors of two stages, and what papers count these with: the
-# proposals of each image, and those that get a mask.
+# RoI heads of two-stage detectors. Their FLOPs are counted with the usual
+# numbers of proposals per image for the box heads and for the mask heads.
 TWO_STAGES = ('StandardRoIHead', 'CascadeRoIHead')
 NUM_PROPOSALS = 1000
 NUM_MASKS = 100
@@ -38,7 +39,7 @@ def _is_detector(model: nn.Module) -> bool:
 
 
 def _run_detector(model: nn.Module, images: Tensor) -> None:
-    """A detector's forward pass in mode 'tensor', with empty data samples."""
+    """Run a detector in 'tensor' mode, with empty data samples."""
     from mmdet.structures import DetDataSample
 
     shape = tuple(images.shape[2:])
@@ -53,11 +54,14 @@ def _run_detector(model: nn.Module, images: Tensor) -> None:
 
 
 def _run_two_stages(model: nn.Module, images: Tensor) -> None:
-    """A pass whose proposals do not hang on the weights of the RPN."""
+    """Run a forward pass with a fixed number of proposals.
+
+    The proposals do not depend on the weights of the RPN.
+    """
     features = model.extract_feat(images)
     if model.with_rpn:
         model.rpn_head(features)
-    # (B, 5): number of the image, then the whole of it as a box
+    # (B, 5): image index, and a box that covers the whole image
     boxes = images.new_tensor(
         [
             [number, 0, 0, images.shape[3], images.shape[2]]
@@ -69,7 +73,7 @@ def _run_two_stages(model: nn.Module, images: Tensor) -> None:
     if head.with_mask:
         branches.append((head.mask_roi_extractor, head.mask_head, NUM_MASKS))
     for extractors, stages, number in branches:
-        if not isinstance(stages, nn.ModuleList):  # a cascade has several
+        if not isinstance(stages, nn.ModuleList):  # not a cascade
             extractors, stages = [extractors], [stages]
         for extractor, stage in zip(extractors, stages):
             found = extractor(
@@ -92,26 +96,28 @@ def _run(model: nn.Module, images: Tensor) -> None:
 def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     """Count the parameters and multiply-adds of one forward pass.
 
-    Counts matrix products and convolutions where PyTorch dispatches them, so
-    also those that attention makes by calling a function. Additions,
-    activations, norms and resizing are not counted. A VVT is counted in the
-    plain linear form, with features four times as wide, as the paper counts
-    it, whatever backend it would run with.
+    Matrix products and convolutions are counted where PyTorch dispatches
+    them, which includes functional calls in attention. Additions,
+    activations, normalization and resizing are not counted. VVT is counted
+    with the reference implementation of linear attention, whose features
+    have four times the head dimension, as in the paper. The count does not
+    depend on the backend that the model is configured with.
 
-    mmengine models run in their 'tensor' mode: a classifier up to the class
-    scores; a segmentor with its decode head and without the auxiliary one,
-    which serves training alone (its parameters are counted); a detector with
-    neck and heads, one of two stages or a cascade with 1000 proposals for
-    each box head and 100 for each mask head. The sampling in RoIAlign and in
-    deformable attention is not counted.
+    mmengine models run in 'tensor' mode. A classifier is counted up to its
+    class scores. A segmentor is counted without its auxiliary head, which is
+    used only in training; the parameters of that head are included. A
+    detector is counted with its neck and heads. Two-stage and cascade
+    detectors use 1000 proposals for each box head and 100 for each mask
+    head. The sampling in RoIAlign and in deformable attention is not
+    counted.
 
     Args:
-        model (nn.Module): Called with one tensor, a detector of mmdet also
-            with empty data samples.
-        input_shape (tuple[int, ...]): ``(B, C, H, W)``.
+        model (nn.Module): Model that takes one tensor. A detector of mmdet
+            also takes data samples and is called with empty ones.
+        input_shape (tuple[int, ...]): Input shape ``(B, C, H, W)``.
 
     Returns:
-        Complexity: The counts, for the whole batch.
+        Complexity: Parameters, and multiply-adds for the whole batch.
     """
     attentions = [
         m for m in model.modules() if isinstance(m, VicinityAttention)
@@ -123,7 +129,7 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     model.eval()
     try:
         for module in attentions:
-            # The reference is the plain linear form where clamps are on.
+            # With clamps, the reference computes plain linear attention.
             module.backend, module.clamp = 'reference', True
         for module in mlps:
             module.backend = 'reference'
@@ -137,7 +143,7 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
         for module, clamp in zip(attentions, clamps):
             module.clamp = clamp
         model.train(was_training)
-    # PyTorch counts a multiply-add as two.
+    # PyTorch counts a multiply-add as two operations.
     return Complexity(
         parameters=sum(p.numel() for p in model.parameters()),
         multiply_adds=counter.get_total_flops() // 2,

@@ -1,4 +1,4 @@
-"""Peak memory of this process, or of the GPU's tensors."""
+"""Measurement of peak memory on the GPU or the CPU."""
 
 import torch
 
@@ -6,17 +6,18 @@ from ..errors import UserError
 
 
 def peak_memory_gib() -> float:
-    """Peak memory since the process started, in GiB.
+    """Return the peak memory in GiB.
 
-    With a GPU: of the tensors on it (since PyTorch's statistics were last
-    reset). Without one: resident memory of the whole process, with libraries
-    and weights.
+    With a GPU, this is the peak memory of the tensors on it since the
+    statistics of PyTorch were last reset. Without a GPU, it is the peak
+    resident memory of the process since it started, including libraries and
+    weights.
 
     Returns:
-        float: GiB.
+        float: Peak memory in GiB.
 
     Raises:
-        UserError: Without a GPU, on a system other than Linux.
+        UserError: If there is no GPU and the system is not Linux.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30

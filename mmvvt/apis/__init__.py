@@ -1,4 +1,4 @@
-"""What a Python user calls."""
+"""Public Python API for inference."""
 
 from .memory import keep_freed_memory
 from .predictor import Predictor, choose_device, find_images

@@ -1,11 +1,11 @@
-"""A setting of the C library's memory allocator."""
+"""Configuration of the memory allocator of the GNU C library."""
 
 import ctypes
 import os
 
 # Parameters of mallopt, from the GNU C library's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Environment variables with which a user sets the same.
+# Environment variables that configure the same thresholds.
 MALLOC_SETTINGS = (
     'MALLOC_MMAP_THRESHOLD_',
     'MALLOC_TRIM_THRESHOLD_',
@@ -17,16 +17,17 @@ def keep_freed_memory() -> bool:
     """Let the GNU C library keep the memory of freed tensors for reuse.
 
     On a CPU, each forward pass and each training step allocates the same
-    large tensors again. By default the library returns large blocks to the
+    large tensors again. By default, the library returns large blocks to the
     system when they are freed. Linux then provides new memory page by page
     at the first access, which can take longer than computing the values.
-    This raises both of the library's thresholds to their maximum: blocks of
-    up to 32 MB are kept, and so are up to 2 GB at the end of the heap.
+    This function raises both thresholds of the library to their maximum:
+    blocks of up to 32 MB are kept, and up to 2 GB at the end of the heap.
 
-    It is a setting of the whole process, so the package never calls it by
-    itself; the tools do. Measured gains are in ``benchmarks/README.md``. It
-    has no effect with another C library, on GPU memory, or where one of
-    :data:`MALLOC_SETTINGS` is in the environment.
+    The setting applies to the whole process. Therefore only the command-line
+    tools call this function; importing the package does not. Measured
+    speedups are listed in ``benchmarks/README.md``. The function has no
+    effect with another C library, on GPU memory, or if one of
+    :data:`MALLOC_SETTINGS` is set in the environment.
 
     Returns:
         bool: Whether the thresholds were changed.

@@ -1,4 +1,4 @@
-"""Predictions of a trained model for image files: results and pictures."""
+"""Inference on images with a trained model, with visualization."""
 
 import os
 import warnings
@@ -41,21 +41,25 @@ SUFFIXES = (
     '.tiff',
     '.webp',
 )
-TOP = 5  # classes that a classifier's result names
-# What an image can raise in a pipeline or a network: it may be too small, of
-# an extreme shape, or too large for the memory.
+TOP = 5  # number of classes in a classification result
+# Exceptions that a pipeline or a model may raise for an image that is too
+# small, has an extreme aspect ratio or does not fit into memory.
 FAULTS = (AssertionError, MemoryError, RuntimeError, ValueError, cv2.error)
 
 
 def find_images(source: str, out_dir: str) -> Tuple[str, List[str]]:
-    """List an image, or those in a folder and its subfolders.
+    """Find the images of a file or of a folder and its subfolders.
 
     Args:
-        source (str): A file, taken whatever its suffix, or a folder.
-        out_dir (str): Folder of the results; what it holds is left out.
+        source (str): Path of a file with any suffix, or of a folder.
+        out_dir (str): Output folder. Files in it are excluded.
 
     Returns:
         tuple[str, list[str]]: A folder, and sorted paths relative to it.
+
+    Raises:
+        UserError: If the source does not exist, cannot be read, contains no
+            images or is inside the output folder.
     """
     if os.path.isfile(source):
         folder, name = os.path.split(source)
@@ -75,7 +79,7 @@ def find_images(source: str, out_dir: str) -> Tuple[str, List[str]]:
             )
             if not os.path.join(folder, file).startswith(os.path.join(out, ''))
         ]
-    except OSError as error:  # a subfolder of someone else
+    except OSError as error:  # a subfolder without read permission
         raise UserError(
             f'cannot read {error.filename}: {error.strerror}'
         ) from error
@@ -87,17 +91,18 @@ def find_images(source: str, out_dir: str) -> Tuple[str, List[str]]:
 
 
 def choose_device(name: Optional[str] = None) -> str:
-    """Name of the device to run on, checked.
+    """Select the device to run on and check that it is available.
 
     Args:
-        name (str, optional): Such as 'cpu' or 'cuda:1'. Defaults to None:
-            'cuda' if there is a GPU, otherwise 'cpu'.
+        name (str, optional): Name of a device, such as 'cpu' or 'cuda:1'.
+            Defaults to None, which selects 'cuda' if there is a GPU and
+            'cpu' otherwise.
 
     Returns:
-        str: The name.
+        str: Name of the device.
 
     Raises:
-        UserError: If PyTorch cannot use the device, with the reason.
+        UserError: If PyTorch cannot use the device.
     """
     if name is None:
         return 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -111,7 +116,7 @@ def choose_device(name: Optional[str] = None) -> str:
 
 
 def _write_png(path: str, picture: np.ndarray) -> None:
-    """Write RGB ``(H, W, 3)``, or labels ``(H, W)``."""
+    """Write an RGB image ``(H, W, 3)`` or a label map ``(H, W)``."""
     if picture.ndim == 3:
         picture = mmcv.rgb2bgr(picture)
     data = cv2.imencode('.png', picture)[1].tobytes()
@@ -120,12 +125,12 @@ def _write_png(path: str, picture: np.ndarray) -> None:
 
 
 def _rounded(values, digits: int) -> list:
-    """Plain numbers of an array, with no more digits than mean something."""
+    """Convert an array to a list of numbers, rounded to some digits."""
     return np.asarray(values, np.float64).round(digits).tolist()
 
 
 def _run_lengths(mask: np.ndarray) -> dict:
-    """COCO's compressed code of a boolean ``(H, W)``."""
+    """Encode a boolean mask ``(H, W)`` as compressed COCO RLE."""
     from pycocotools.mask import encode
 
     code = encode(np.asfortranarray(mask, np.uint8))
@@ -136,13 +141,13 @@ def _run_lengths(mask: np.ndarray) -> dict:
 
 
 class _Task(ABC):
-    """How one task builds its inferencer and describes a prediction."""
+    """Base class of tasks: inferencer and format of the results."""
 
     name = ''
 
     @abstractmethod
     def build_inferencer(self, cfg: Config, device: str):
-        """Build the code base's inferencer, with random weights."""
+        """Build the OpenMMLab inferencer of the task with random weights."""
 
     @abstractmethod
     def describe(
@@ -151,21 +156,21 @@ class _Task(ABC):
         image: np.ndarray,
         sample: BaseDataElement,
     ) -> tuple:
-        """Turn a prediction into numbers and pictures.
+        """Convert a prediction to serializable results and pictures.
 
         Args:
-            predictor (Predictor): Gives names and colours of classes.
-            image (np.ndarray): ``(H, W, 3)``, uint8, RGB.
-            sample (BaseDataElement): The prediction, on the CPU.
+            predictor (Predictor): Provides class names and colours.
+            image (np.ndarray): RGB image of shape ``(H, W, 3)``, uint8.
+            sample (BaseDataElement): Prediction on the CPU.
 
         Returns:
-            tuple[dict, dict[str, np.ndarray]]: Plain numbers and strings for
-            JSON, and the pictures by kind.
+            tuple[dict, dict[str, np.ndarray]]: Results that can be
+            serialized as JSON, and pictures by kind.
         """
 
 
 class _Classification(_Task):
-    """Names the likeliest classes of an image."""
+    """Image classification: top-5 classes with scores."""
 
     name = 'classification'
 
@@ -193,7 +198,7 @@ class _Classification(_Task):
 
 
 class _Segmentation(_Task):
-    """Gives each pixel of an image a class."""
+    """Semantic segmentation: a class for each pixel."""
 
     name = 'segmentation'
 
@@ -223,7 +228,7 @@ class _Segmentation(_Task):
 
 
 class _Detection(_Task):
-    """Finds objects in an image: boxes, and masks if the model has them."""
+    """Object detection and instance segmentation."""
 
     name = 'detection'
 
@@ -231,7 +236,7 @@ class _Detection(_Task):
         from mmdet.apis import DetInferencer
 
         cfg.visualizer = dict(type='DetLocalVisualizer')
-        # Given a palette, it does without the data set.
+        # With a palette, the inferencer does not need the dataset.
         return DetInferencer(cfg, device=device, palette='random')
 
     def describe(self, predictor, image, sample):
@@ -264,11 +269,12 @@ TASKS = dict(mmpretrain=_Classification, mmseg=_Segmentation, mmdet=_Detection)
 
 
 class Predictor:
-    """A trained classifier, segmentor or detector, applied to images.
+    """Run inference with a trained classifier, segmentor or detector.
 
-    The config's ``default_scope`` decides the task. Class names are those
-    that the checkpoint stores, otherwise those of the config's test data
-    set, otherwise ``class 0``, ``class 1`` and so on.
+    The task is determined by the ``default_scope`` of the config. Class
+    names are read from the checkpoint. If it has none, those of the test
+    dataset of the config are used, and otherwise ``class 0``, ``class 1``
+    and so on.
 
     Example:
         >>> from mmvvt.apis import Predictor
@@ -278,11 +284,12 @@ class Predictor:
         >>> predictor('digit.png')['classes']
 
     Args:
-        config (str | Config): A config, or the path of one.
-        checkpoint (str): File with the weights.
-        device (str, optional): Where to run, such as 'cpu' or 'cuda:0'.
-            Defaults to None: the GPU if there is one, otherwise the CPU.
-        score_thr (float): Minimum score of a detection, from 0 to 1.
+        config (str | Config): Config, or path of a config file.
+        checkpoint (str): Path or URL of a checkpoint.
+        device (str, optional): Device to run on, such as 'cpu' or 'cuda:0'.
+            Defaults to None, which selects the GPU if there is one and the
+            CPU otherwise.
+        score_thr (float): Minimum score of detections, from 0 to 1.
             Defaults to 0.3.
 
     Raises:
@@ -318,7 +325,7 @@ class Predictor:
         self._task = TASKS[scope]()
         try:
             with warnings.catch_warnings():
-                # The inferencers warn of random weights; ours follow.
+                # Inferencers warn about random weights; we load them below.
                 warnings.simplefilter('ignore')
                 self.inferencer = self._task.build_inferencer(cfg, self.device)
         except ModuleNotFoundError as error:  # mmcv's compiled ops
@@ -351,26 +358,32 @@ class Predictor:
 
     @property
     def task(self) -> str:
-        """'classification', 'segmentation' or 'detection'."""
+        """Task: 'classification', 'segmentation' or 'detection'."""
         return self._task.name
 
     def name(self, label: int) -> str:
-        """Name of a class."""
+        """Return the name of a class."""
         if label < len(self.classes):
             return str(self.classes[label])
         return f'class {label}'
 
     def colour(self, label: int) -> Colour:
-        """Colour of a class, RGB."""
+        """Return the RGB colour of a class."""
         if label < len(self.palette):
             return tuple(self.palette[label])
         return distinct_colour(label)
 
     def read(self, path: str) -> np.ndarray:
-        """Read an image as the network takes it: BGR, or grey.
+        """Read an image in the format of the model: BGR or grayscale.
+
+        Args:
+            path (str): Path of the image.
+
+        Returns:
+            np.ndarray: Image of shape ``(H, W, 3)`` or ``(H, W)``, uint8.
 
         Raises:
-            UserError: If that cannot be done, with the reason.
+            UserError: If the file cannot be read as an image.
         """
         try:
             image = mmcv.imread(path, flag=self.flag)
@@ -383,15 +396,22 @@ class Predictor:
         return image
 
     def predict(self, image: np.ndarray) -> BaseDataElement:
-        """Say what an image shows.
+        """Predict one image and return the data sample.
 
-        One image at a time: mmseg takes no batch of several sizes, and in
-        mmdet's an image is padded to the size of its neighbours, on which the
-        answer would then depend.
+        Images are not batched: mmseg does not support batches of different
+        sizes, and mmdet pads the images of a batch to the same size, which
+        would make predictions depend on the other images.
+
+        Args:
+            image (np.ndarray): Image of shape ``(H, W, 3)`` or ``(H, W)``,
+                uint8, as returned by :meth:`read`.
+
+        Returns:
+            BaseDataElement: Prediction on the CPU.
         """
         (data,) = self.inferencer.preprocess([image], batch_size=1)
         if not isinstance(data, dict):
-            _, data = data  # mmdet has the image stand before it
+            _, data = data  # mmdet returns (images, data)
         (sample,) = self.inferencer.forward(data)
         return sample.cpu()
 
@@ -399,13 +419,14 @@ class Predictor:
         """Predict one image.
 
         Args:
-            image (str | np.ndarray): A file, or ``(H, W, 3)``, uint8, BGR
-                (``(H, W)`` for a model of one channel).
+            image (str | np.ndarray): Path of an image, or BGR array of shape
+                ``(H, W, 3)``, uint8. Models with one input channel take
+                arrays of shape ``(H, W)``.
 
         Returns:
-            dict: ``labels``, ``classes`` and, by task, ``scores``,
-            ``shares`` of the pixels, ``boxes`` and ``masks``, as plain
-            numbers and strings.
+            dict: Results that can be serialized as JSON: ``labels``,
+            ``classes`` and, depending on the task, ``scores``, ``shares``
+            (fractions of the pixels), ``boxes`` and ``masks``.
 
         Raises:
             UserError: If the file cannot be read as an image.
@@ -423,17 +444,18 @@ class Predictor:
     def run(
         self, folder: str, files: List[str], out_dir: str
     ) -> Iterator[Dict]:
-        """Predict images, and write the pictures of each.
+        """Predict images and write the visualizations.
 
         Args:
-            folder (str): Where the images are.
-            files (list[str]): Their paths below it.
-            out_dir (str): A picture becomes ``pictures/FILE.png`` here.
+            folder (str): Folder that contains the images.
+            files (list[str]): Paths of the images, relative to ``folder``.
+            out_dir (str): Output folder. The visualization of an image is
+                written to ``pictures/FILE.png`` in this folder.
 
         Yields:
-            dict: For each image ``file`` and its results, paths relative to
-            ``out_dir`` among them; or ``file`` and ``reason``, where it had
-            to be skipped.
+            dict: For each image, ``file`` and the results, including the
+            paths of its pictures relative to ``out_dir``. For a skipped
+            image, ``file`` and ``reason``.
         """
         for file in files:
             entry = dict(file=os.path.join(folder, file))

@@ -1,4 +1,4 @@
-"""Official checkpoints to ours and back, and safe reading of checkpoints."""
+"""Conversion from and to official checkpoints, and safe loading."""
 
 from ..errors import CheckpointError
 from .convert import (

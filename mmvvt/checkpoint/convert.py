@@ -1,4 +1,4 @@
-"""Conversion between official checkpoints and ours."""
+"""Conversion between official and mmpretrain checkpoints."""
 
 import re
 from typing import Dict, Optional, Tuple, Union
@@ -14,17 +14,18 @@ State = Dict[str, Tensor]
 def official_shapes(
     arch: dict, num_classes: int, in_channels: int = 3, se_ratio: int = 1
 ) -> Dict[str, Tuple[int, ...]]:
-    """Every key of an official checkpoint with the shape of its tensor.
+    """Return the keys and tensor shapes of an official checkpoint.
 
     Args:
-        arch (dict): As :func:`mmvvt.arch.resolve_arch` returns it; the heads
-            leave no trace in the tensors.
-        num_classes (int): Rows of the classifier.
-        in_channels (int): Channels of the image. Defaults to 3.
-        se_ratio (int): Reduction in the attention's gate. Defaults to 1.
+        arch (dict): Architecture as returned by
+            :func:`mmvvt.arch.resolve_arch`. The shapes do not depend on the
+            number of heads.
+        num_classes (int): Number of classes of the classifier.
+        in_channels (int): Number of image channels. Defaults to 3.
+        se_ratio (int): Channel reduction ratio of the FPC gate. Defaults to 1.
 
     Returns:
-        dict[str, tuple[int, ...]]: Shapes by key.
+        dict[str, tuple[int, ...]]: Shape of each tensor by key.
     """
     shapes: Dict[str, Tuple[int, ...]] = {}
 
@@ -70,7 +71,7 @@ def official_shapes(
 
 
 def _size(state: State, key: str, axis: int) -> int:
-    """Length of a tensor that must be there, 1 at least."""
+    """Return the size of a required tensor along an axis, at least 1."""
     if key not in state:
         raise CheckpointError(f'no VVT classifier: there is no {key}')
     tensor = state[key]
@@ -82,18 +83,19 @@ def _size(state: State, key: str, axis: int) -> int:
 
 
 def infer_arch(state: State) -> dict:
-    """Tell the architecture from the tensors of an official checkpoint.
+    """Infer the architecture from the tensors of an official checkpoint.
 
     Args:
-        state (dict[str, Tensor]): Official keys, without ``module.``.
+        state (dict[str, Tensor]): State dict with official keys, without the
+            prefix ``module.``.
 
     Returns:
         dict: ``embed_dims``, ``mlp_ratios``, ``depths``, ``fr_ratios`` and
         ``sr_ratios``, each a list of four integers. The number of heads
-        leaves no trace in the tensors.
+        cannot be inferred from the tensors.
 
     Raises:
-        CheckpointError: If the tensors that tell it are not there.
+        CheckpointError: If a tensor needed for this is missing.
     """
 
     arch: dict = {
@@ -127,10 +129,10 @@ def infer_arch(state: State) -> dict:
 
 
 def _name_arch(arch: dict) -> str:
-    """Name of a published architecture.
+    """Return the name of a published architecture.
 
     Raises:
-        CheckpointError: If it is none of them.
+        CheckpointError: If no published architecture matches.
     """
     for name in ARCH_SETTINGS:
         published = resolve_arch(name)
@@ -146,13 +148,14 @@ def _name_arch(arch: dict) -> str:
 
 
 def _check_tensors(state: State, arch: Optional[Union[str, dict]]) -> str:
-    """Hold the tensors against an architecture, every key and shape.
+    """Compare all keys and tensor shapes with an architecture.
 
     Returns:
-        str: Name of the architecture, 'custom' for one given as a dict.
+        str: Name of the architecture; 'custom' if it was given as a dict.
 
     Raises:
-        CheckpointError: At the first kind of difference found.
+        CheckpointError: If a key or a shape does not match.
+        UserError: If ``arch`` is invalid.
     """
     found = infer_arch(state)
     if arch is None:
@@ -171,7 +174,7 @@ def _check_tensors(state: State, arch: Optional[Union[str, dict]]) -> str:
                 f'the tensors are not of arch {name}: {"; ".join(wrong)}'
             )
     se_ratio = 1
-    if isinstance(arch, dict):  # published models have no other
+    if isinstance(arch, dict):  # All published models have se_ratio 1.
         gate = _size(state, 'block1.0.attn.se_fc.0.weight', 0)
         se_ratio = max(expected_arch['embed_dims'][0] // gate, 1)
     expected = official_shapes(
@@ -207,7 +210,10 @@ def _check_tensors(state: State, arch: Optional[Union[str, dict]]) -> str:
 
 
 def _tensors_of(checkpoint: dict, entry: str) -> State:
-    """The state dict in a checkpoint: under ``entry``, or the file itself."""
+    """Return ``checkpoint[entry]`` if it exists, otherwise ``checkpoint``.
+
+    The prefix ``module.`` is removed if all keys have it.
+    """
     state = checkpoint.get(entry, checkpoint)
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f'{entry!r} holds no tensors')
@@ -221,25 +227,27 @@ def _tensors_of(checkpoint: dict, entry: str) -> State:
 def convert_official(
     state_or_checkpoint: dict, arch: Optional[Union[str, dict]] = None
 ) -> dict:
-    """Turn an official checkpoint into one of an mmpretrain classifier.
+    """Convert an official checkpoint to that of an mmpretrain classifier.
 
     Args:
         state_or_checkpoint (dict): An official state dict, or a training
-            checkpoint with one under 'model'. Keys may start with
-            ``module.``.
-        arch (str | dict, optional): The architecture that the tensors must
-            be of, see :func:`mmvvt.arch.resolve_arch`. Defaults to None: it
-            is told from the tensors and must be a published one.
+            checkpoint with a state dict under 'model'. All keys may have the
+            prefix ``module.``.
+        arch (str | dict, optional): Expected architecture of the checkpoint,
+            see :func:`mmvvt.arch.resolve_arch`. Defaults to None: the
+            architecture is inferred from the tensors and must be one of the
+            published ones.
 
     Returns:
-        dict: ``state_dict`` with ``backbone.*`` and ``head.fc.*``, and
-        ``meta`` with the name of the architecture. It holds the tensors
-        given, not copies.
+        dict: ``state_dict`` with the keys ``backbone.*`` and ``head.fc.*``,
+        and ``meta`` with the name of the architecture. The tensors are shared
+        with the input, not copied.
 
     Raises:
-        CheckpointError: If it is truncated, foreign or of another
-            architecture, with the difference found.
-        ValueError: If ``arch`` is not what is allowed.
+        CheckpointError: If the checkpoint is truncated, is not that of a VVT
+            classifier or has a different architecture; the message names the
+            difference.
+        UserError: If ``arch`` is invalid.
     """
     state = _tensors_of(state_or_checkpoint, 'model')
     name = _check_tensors(state, arch)
@@ -253,19 +261,21 @@ def convert_official(
 def convert_to_official(
     checkpoint: dict, arch: Optional[Union[str, dict]] = None
 ) -> dict:
-    """Turn a classifier's checkpoint into an official one.
+    """Convert the checkpoint of an mmpretrain classifier to an official one.
 
     Args:
-        checkpoint (dict): One that :func:`convert_official` or the runner
-            made.
-        arch (str | dict, optional): As for :func:`convert_official`.
+        checkpoint (dict): Checkpoint from :func:`convert_official` or from
+            mmengine's runner.
+        arch (str | dict, optional): Expected architecture, see
+            :func:`convert_official`. Defaults to None.
 
     Returns:
         dict: ``model`` with the official state dict.
 
     Raises:
-        CheckpointError: If it is not a VVT classifier's.
-        ValueError: If ``arch`` is not what is allowed.
+        CheckpointError: If the checkpoint is not that of a VVT classifier or
+            has a different architecture.
+        UserError: If ``arch`` is invalid.
     """
     state = _tensors_of(checkpoint, 'state_dict')
     official = {}

@@ -1,4 +1,4 @@
-"""What ``torch.load`` may unpickle, and reading and writing of checkpoints."""
+"""Safe reading and atomic writing of checkpoints."""
 
 import argparse
 import os
@@ -14,24 +14,26 @@ from mmengine.utils import digit_version
 from ..errors import CheckpointError, UserError
 from ..fileio import atomic_write
 
-# Whether torch.load's safe default can be taught to read them.
+# Whether torch.load can read runner checkpoints with weights_only=True.
 READS_RUNNER_CHECKPOINTS = digit_version(torch.__version__) >= digit_version(
     '2.6'
 )
 
-# Stand-ins for what a runner's checkpoint asks for. Each gives plain numbers,
-# and checks its arguments: a file may call them with anything. No function and
-# no class leaves them, which another call in the file could be made to change.
+# Replacements for the classes and functions that a runner checkpoint refers
+# to. A file may call them with arbitrary arguments, so each checks its
+# arguments and creates only numeric data. No replacement gives the file access
+# to functions or classes, because another call in the file could modify them.
 
 HISTORY_METHODS = ('min', 'max', 'current', 'mean')
 NUMERIC_KINDS = 'biufc'
 
 
 class _LoadedHistoryBuffer(HistoryBuffer):
-    """Becomes mmengine's log buffer once its numbers have been checked.
+    """Replacement for mmengine's ``HistoryBuffer`` while unpickling.
 
-    mmengine's own would take statistics methods from the file, for all
-    buffers of the process.
+    It checks the arrays of the buffer and then becomes a ``HistoryBuffer``.
+    mmengine's own ``__setstate__`` would also take statistics methods from
+    the file and install them for all buffers of the process.
     """
 
     def __setstate__(self, state: dict) -> None:
@@ -54,12 +56,15 @@ class _LoadedHistoryBuffer(HistoryBuffer):
 
 
 def _history_method_name(owner, name):
-    """For ``builtins.getattr``, by which mmengine pickles the buffer's
-    statistics methods. The buffer has them already: their names will do."""
+    """Replacement for ``builtins.getattr``.
+
+    mmengine uses it to pickle the statistics methods of a log buffer. A new
+    buffer already has these methods, so returning their names is sufficient.
+    """
     if owner is _LoadedHistoryBuffer and name in HISTORY_METHODS:
         return name
     if owner is HistoryBuffer and name in HISTORY_METHODS:
-        # Someone allow-listed mmengine's own buffer, which wants the methods.
+        # mmengine's own buffer was allow-listed; it needs the methods.
         return getattr(owner, name)
     raise pickle.UnpicklingError(
         f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint; '
@@ -68,8 +73,11 @@ def _history_method_name(owner, name):
 
 
 def _numeric_dtype(code, align=False, copy=False):
-    """For ``numpy.dtype``: a number's, and never a copy, which the file could
-    change after an array has taken it."""
+    """Replacement for ``numpy.dtype`` that allows only numeric types.
+
+    It never returns a copy, because the file could modify the copy after an
+    array has started to use it.
+    """
     if isinstance(code, str):
         dtype = np.dtype(code)
         if dtype.kind in NUMERIC_KINDS:
@@ -81,7 +89,7 @@ def _numeric_dtype(code, align=False, copy=False):
 
 
 def _empty_array(subtype, shape, code):
-    """For NumPy's ``_reconstruct``: an array that its state will fill."""
+    """Replacement for NumPy's ``_reconstruct`` that returns an empty array."""
     if subtype is not np.ndarray or shape != (0,):
         raise pickle.UnpicklingError(
             f'an array of type {subtype!r} and shape {shape!r} is not allowed '
@@ -91,7 +99,7 @@ def _empty_array(subtype, shape, code):
 
 
 def _numeric_scalar(dtype, data):
-    """For NumPy's ``scalar``: a number."""
+    """Replacement for NumPy's ``scalar`` that allows only numbers."""
     if (
         isinstance(dtype, np.dtype)
         and dtype.kind in NUMERIC_KINDS
@@ -105,13 +113,14 @@ def _numeric_scalar(dtype, data):
 
 
 def register_safe_globals() -> None:
-    """Let ``torch.load`` read mmengine's checkpoints with its safe default.
+    """Let ``torch.load`` read runner checkpoints with ``weights_only=True``.
 
-    Since torch 2.6 ``torch.load`` unpickles tensors and plain containers
-    alone, and refuses the log buffers in the runner's checkpoints. This
-    allow-lists the buffer and the pieces of an array of numbers, each through
-    a stand-in that gives nothing else. Older versions of torch read
-    everything by default and are left as they are.
+    Since torch 2.6, ``torch.load`` unpickles only tensors and plain
+    containers by default, and rejects the log buffers in the checkpoints of
+    mmengine's runner. This function allow-lists the log buffer and the parts
+    of a numeric array, each with a replacement that checks its arguments.
+    With older versions of torch, this function does nothing; their default
+    is ``weights_only=False``.
     """
     if not READS_RUNNER_CHECKPOINTS:
         return
@@ -124,10 +133,10 @@ def register_safe_globals() -> None:
             ),
             (_history_method_name, 'builtins.getattr'),
             (_numeric_dtype, 'numpy.dtype'),
-            # In pairs with their names: mmengine may allow the same classes in
-            # a safe_globals() context of torch, which on leaving removes
-            # every entry of that name. The state of a dtype follows; it
-            # changes nothing in NumPy's own.
+            # Each class is paired with its name: mmengine may allow the same
+            # classes in a safe_globals() context of torch, and leaving the
+            # context removes the unpaired entries. A pickled dtype also sets
+            # its state; this does not modify NumPy's built-in dtypes.
             *(
                 (owner, f'{owner.__module__}.{owner.__qualname__}')
                 for owner in (
@@ -135,7 +144,7 @@ def register_safe_globals() -> None:
                     *{type(np.dtype(code)) for code in numeric_types},
                 )
             ),
-            # NumPy 2 moved these; a checkpoint may come from either side.
+            # NumPy 2 renamed these; checkpoints may use either name.
             (_empty_array, 'numpy._core.multiarray._reconstruct'),
             (_empty_array, 'numpy.core.multiarray._reconstruct'),
             (_numeric_scalar, 'numpy._core.multiarray.scalar'),
@@ -156,20 +165,20 @@ def _also_allow(*classes):
 
 
 def load_checkpoint_file(path: str) -> dict:
-    """Read a checkpoint without executing what it does not allow-list.
+    """Read a checkpoint without executing code outside the allow-list.
 
     Args:
         path (str): A file written by ``torch.save``. Besides tensors and
-            plain containers it may hold an ``argparse.Namespace``, as
-            official training files do, and, with torch 2.6 or newer,
+            plain containers, it may contain an ``argparse.Namespace``, as
+            official training checkpoints do, and, with torch 2.6 or newer,
             mmengine's log buffers.
 
     Returns:
-        dict: What the file holds, on the CPU.
+        dict: Content of the file, with all tensors on the CPU.
 
     Raises:
-        CheckpointError: If the file is absent, truncated, no checkpoint, or
-            asks for any other class or function.
+        CheckpointError: If the file is missing, truncated or not a
+            checkpoint, or refers to any other class or function.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f'no such checkpoint file: {path}')
@@ -179,7 +188,7 @@ def load_checkpoint_file(path: str) -> dict:
                 path, map_location='cpu', weights_only=True
             )
     except pickle.UnpicklingError as error:
-        # torch wraps the reason in paragraphs of advice
+        # Extract the reason from the long message of torch.
         wanted = re.search(r'GLOBAL (\S+)', str(error))
         reason = re.search(r'error:\s*(.*)', str(error))
         if wanted:
@@ -187,7 +196,7 @@ def load_checkpoint_file(path: str) -> dict:
         else:
             reason = reason.group(1) if reason else str(error)
         raise CheckpointError(f'refused to load {path}: {reason}') from error
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # A damaged pickle can raise any error.
         reason = str(error).splitlines()[0] if str(error) else 'end of file'
         raise CheckpointError(
             f'{path} is truncated or no PyTorch checkpoint ({reason})'
@@ -201,14 +210,15 @@ def load_checkpoint_file(path: str) -> dict:
 
 
 def save_checkpoint_file(checkpoint: dict, path: str) -> None:
-    """Write a checkpoint completely or not at all.
+    """Write a checkpoint atomically: completely or not at all.
 
     Args:
-        checkpoint (dict): What to save.
-        path (str): The file to write, in an existing folder.
+        checkpoint (dict): Content to save.
+        path (str): File to write; its folder must exist.
 
     Raises:
-        CheckpointError: If it cannot be written, with the reason.
+        CheckpointError: If the file cannot be written; the message gives the
+            reason.
     """
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
@@ -218,5 +228,5 @@ def save_checkpoint_file(checkpoint: dict, path: str) -> None:
             torch.save(checkpoint, file)
     except UserError as error:
         raise CheckpointError(str(error)) from error
-    except RuntimeError as error:  # torch's own, for example on a full disk
+    except RuntimeError as error:  # Raised by torch, e.g. if the disk is full
         raise CheckpointError(f'cannot write {path}: {error}') from error

@@ -1,4 +1,4 @@
-"""Small data sets made from what ships in Python packages, and a check."""
+"""Small datasets built from installed packages, and a label check."""
 
 from .digit_scenes import DigitScenes, write_digit_scenes
 from .digits import Digits, write_digits

@@ -1,7 +1,7 @@
 """Scenes of handwritten digits on photographs, with a label for each pixel.
 
-Scans and photographs are real and ship inside the wheels of scikit-learn and
-scikit-image; the scenes are composed from them, from a seed.
+The scans and photographs are real and are included in scikit-learn and
+scikit-image. The scenes are composed from them with seeded random numbers.
 """
 
 import json
@@ -24,7 +24,7 @@ from .digits import SPLITS, split_digits
 
 CLASSES = (*'0123456789', 'background')
 BACKGROUND = CLASSES.index('background')
-# RGB; the background's is next to white, so that sheets stay light.
+# RGB; the background is almost white, so that visualisations stay light.
 PALETTE = [
     [228, 26, 28],
     [55, 126, 184],
@@ -39,8 +39,8 @@ PALETTE = [
     [240, 240, 240],
 ]
 
-# Files inside the wheels, so that nothing is ever fetched. No photograph
-# serves both splits.
+# Files included in the packages, so that nothing is downloaded. The splits do
+# not share photographs.
 PHOTOGRAPHS = {
     'train': (
         'sklearn/datasets/images/china.jpg',
@@ -62,13 +62,13 @@ PHOTOGRAPHS = {
 FOLDERS = {'train': 'training', 'val': 'validation'}
 NUM_SCENES = {'train': 3000, 'val': 200}
 
-SIZE = 128  # of a scene, in pixels a side
+SIZE = 128  # Height and width of a scene, in pixels
 DIGITS_PER_SCENE = (3, 5)
-DIGIT_HEIGHT = (36, 72)  # of a scan with its margin, in pixels
-MAX_ANGLE = 12.0  # degrees
-MIN_CONTRAST = 90  # of 255, between ink and what lies behind it
-MIN_VISIBLE = 0.8  # of a digit's pixels, after later ones cover it
-PLACEMENTS = 40  # tries before a digit is left out
+DIGIT_HEIGHT = (36, 72)  # Of a scan with its margin, in pixels
+MAX_ANGLE = 12.0  # In degrees
+MIN_CONTRAST = 90  # Between ink and background, of 255
+MIN_VISIBLE = 0.8  # Minimum visible fraction of the pixels of a digit
+PLACEMENTS = 40  # Attempts to place a digit before it is omitted
 
 
 @dataclass
@@ -76,9 +76,9 @@ class Instance:
     """One digit of a scene.
 
     Attributes:
-        label (int): 0 to 9.
-        scan (int): Number of the scan in scikit-learn's order.
-        mask (np.ndarray): Boolean ``(SIZE, SIZE)``, its visible pixels.
+        label (int): Class, 0 to 9.
+        scan (int): Index of the scan in scikit-learn.
+        mask (np.ndarray): Visible pixels, boolean ``(SIZE, SIZE)``.
     """
 
     label: int
@@ -88,12 +88,12 @@ class Instance:
 
 @dataclass
 class Scene:
-    """A composed picture.
+    """A composed image.
 
     Attributes:
-        image (np.ndarray): ``(SIZE, SIZE, 3)``, uint8, RGB.
-        photograph (str): Name of the photograph behind the digits.
-        instances (list[Instance]): From back to front.
+        image (np.ndarray): RGB image ``(SIZE, SIZE, 3)``, uint8.
+        photograph (str): Name of the photograph in the background.
+        instances (list[Instance]): Digits from back to front.
     """
 
     image: np.ndarray
@@ -116,7 +116,7 @@ def load_photographs(split: str) -> Dict[str, np.ndarray]:
         split (str): 'train' or 'val'.
 
     Returns:
-        dict[str, np.ndarray]: Name to ``(H, W, 3)``, uint8, RGB.
+        dict[str, np.ndarray]: RGB images ``(H, W, 3)``, uint8, by name.
 
     Raises:
         ModuleNotFoundError: If scikit-learn or scikit-image is missing.
@@ -136,7 +136,7 @@ def load_photographs(split: str) -> Dict[str, np.ndarray]:
 
 
 def _crop(photograph: np.ndarray, rng: Generator) -> np.ndarray:
-    """A square of the photograph, perhaps mirrored, as (SIZE, SIZE, 3)."""
+    """Random square crop, flipped with probability 0.5, (SIZE, SIZE, 3)."""
     height, width = photograph.shape[:2]
     side = int(rng.uniform(0.4, 1.0) * min(height, width))
     top = rng.integers(height - side + 1)
@@ -147,11 +147,11 @@ def _crop(photograph: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def _draw(scan: np.ndarray, rng: Generator) -> np.ndarray:
-    """Scale and turn a scan: its coverage, (h, w) in 0 to 1, no margin."""
-    # A margin of nothing lets strokes at the scan's edge end smoothly.
+    """Scale and rotate a scan; return its coverage (h, w) from 0 to 1."""
+    # Zero padding makes strokes at the border of the scan end smoothly.
     source = np.pad(scan.astype(np.float32) / 16, 1)
     height = rng.uniform(*DIGIT_HEIGHT)
-    # Turned by MAX_ANGLE, it needs this much room.
+    # Size of the canvas that a scan rotated by MAX_ANGLE needs.
     room = math.ceil(1.2 * height)
     middle = (source.shape[0] - 1) / 2
     matrix = cv2.getRotationMatrix2D(
@@ -163,7 +163,7 @@ def _draw(scan: np.ndarray, rng: Generator) -> np.ndarray:
     coverage = cv2.warpAffine(
         source, matrix, (room, room), flags=cv2.INTER_CUBIC
     )
-    # Scans are grey at the rim of a stroke: steepen it to an inked edge.
+    # Strokes have soft grey edges in the scans: sharpen them.
     coverage = np.clip(2.5 * coverage - 0.75, 0, 1)
     rows, columns = (np.flatnonzero(coverage.any(axis=i)) for i in (1, 0))
     return coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -172,17 +172,20 @@ def _draw(scan: np.ndarray, rng: Generator) -> np.ndarray:
 def _choose_ink(
     brightness: np.ndarray, tint: np.ndarray
 ) -> Tuple[np.ndarray, float]:
-    """A light or dark ink and its contrast to most pixels behind.
+    """Choose a light or dark ink that contrasts with the background.
 
     Args:
-        brightness (np.ndarray): Of the pixels to be inked, ``(n,)``.
-        tint (np.ndarray): RGB, what the ink lacks of white or has beside
-            black.
+        brightness (np.ndarray): Brightness ``(n,)`` of the background pixels
+            that the digit covers, 0 to 255.
+        tint (np.ndarray): RGB difference ``(3,)`` of a dark ink from black,
+            or of a light ink from white.
 
     Returns:
-        tuple[np.ndarray, float]: RGB, and the difference in brightness.
+        tuple[np.ndarray, float]: Colour of the ink, RGB, and the difference
+        of its brightness from the 90th percentile of the background (light
+        ink) or from the 10th percentile (dark ink).
     """
-    # np.percentile takes ten times as long
+    # Sorting is ten times as fast as np.percentile here.
     brightness = np.sort(brightness)
     low, median, high = (
         brightness[int(part * len(brightness))] for part in (0.1, 0.5, 0.9)
@@ -200,25 +203,27 @@ def compose_scene(
     members: np.ndarray,
     rng: Generator,
 ) -> Scene:
-    """Put some digits on a piece of a photograph.
+    """Compose a scene of several digits on a crop of a photograph.
 
-    Digits may overlap, as long as enough of each stays visible, and their
-    ink stands out from what lies behind.
+    Digits may overlap, but at least :data:`MIN_VISIBLE` of the pixels of each
+    digit remain visible. The contrast between ink and background is at least
+    :data:`MIN_CONTRAST`.
 
     Args:
-        photographs (dict[str, np.ndarray]): Of :func:`load_photographs`.
-        scans (np.ndarray): All scans, ``(n, 8, 8)``, 0 to 16.
-        labels (np.ndarray): Their digits, ``(n,)``.
-        members (np.ndarray): Numbers of the scans that may be used.
-        rng (Generator): Source of randomness.
+        photographs (dict[str, np.ndarray]): Photographs by name, from
+            :func:`load_photographs`.
+        scans (np.ndarray): All scans ``(n, 8, 8)``, with values 0 to 16.
+        labels (np.ndarray): Labels ``(n,)`` of the scans.
+        members (np.ndarray): Indices of the scans that may be used.
+        rng (Generator): Random number generator.
 
     Returns:
-        Scene: The picture and what is in it.
+        Scene: The image and its instances.
     """
     name = sorted(photographs)[rng.integers(len(photographs))]
     image = _crop(photographs[name], rng).astype(np.float32)
     instances: List[Instance] = []
-    # of each digit: pixels before any covers it, and those visible now
+    # Number of pixels of each digit, in total and currently visible
     whole: List[int] = []
     visible: List[int] = []
     wanted = rng.integers(DIGITS_PER_SCENE[0], DIGITS_PER_SCENE[1] + 1)
@@ -256,19 +261,20 @@ def compose_scene(
         instances.append(Instance(int(labels[number]), int(number), mask))
         whole.append(np.count_nonzero(inked))
         visible.append(whole[-1])
-        # (h, w) -> (h, w, 1), over the colours
+        # (h, w) -> (h, w, 1), broadcast over the channels
         image[place] += coverage[..., None] * (ink - image[place])
     return Scene(np.rint(image).astype(np.uint8), name, instances)
 
 
 def run_lengths(mask: np.ndarray) -> List[int]:
-    """COCO's uncompressed code of a mask: lengths of runs, zeros first.
+    """Encode a mask in COCO's uncompressed run-length encoding (RLE).
 
     Args:
-        mask (np.ndarray): Boolean ``(H, W)``; COCO goes down the columns.
+        mask (np.ndarray): Boolean mask ``(H, W)``.
 
     Returns:
-        list[int]: Lengths that sum to H * W.
+        list[int]: Lengths of the runs in column-major order, starting with a
+        run of zeros. They sum to H * W.
     """
     flat = np.concatenate([[False], mask.ravel(order='F')])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
@@ -304,8 +310,8 @@ def _write_split(root: str, split: str, count: int, seed: int) -> None:
         categories=[dict(id=i, name=str(i)) for i in range(10)],
     )
     for number in range(count):
-        # Each scene has a stream of its own: the first ones stay the same
-        # whatever the count.
+        # Each scene has its own generator, so that scenes do not depend on
+        # the total number of scenes.
         rng = np.random.default_rng([seed, SPLITS.index(split), number])
         scene = compose_scene(photographs, scans, labels, members[split], rng)
         name = f'{number:05d}'
@@ -340,7 +346,7 @@ def _write_split(root: str, split: str, count: int, seed: int) -> None:
         'w',
         encoding='utf-8',
     ) as file:
-        # json.dump would not use the encoder in C
+        # json.dumps uses the C encoder; json.dump does not.
         file.write(json.dumps(coco))
 
 
@@ -352,19 +358,23 @@ def write_digit_scenes(
 ) -> None:
     """Write scenes in ADE20K's layout, and their instances in COCO's format.
 
-    ``images/{training,validation}/NNNNN.png``,
-    ``annotations/{training,validation}/NNNNN.png`` (a pixel's value is its
-    class: 0 to 9, and 10 for background) and
+    The files are ``images/{training,validation}/NNNNN.png``,
+    ``annotations/{training,validation}/NNNNN.png`` (the value of a pixel is
+    its class: 0 to 9, or 10 for background) and
     ``instances_{training,validation}.json`` (boxes and visible masks). The
-    same arguments give the same scenes. The folder appears whole or not at
-    all, so several processes may call this at once.
+    same arguments give the same scenes. The folder is written atomically, so
+    several processes may call this function at the same time.
 
     Args:
-        data_root (str): Folder to make.
-        num_train (int): Scenes to train on. Defaults to 3000.
-        num_val (int): Scenes to validate on; they share neither scans nor
-            photographs with the others. Defaults to 200.
-        seed (int): Of all randomness. Defaults to 0.
+        data_root (str): Folder to create.
+        num_train (int): Number of training scenes. Defaults to 3000.
+        num_val (int): Number of validation scenes. They share neither scans
+            nor photographs with the training scenes. Defaults to 200.
+        seed (int): Random seed. Defaults to 0.
+
+    Raises:
+        ModuleNotFoundError: If scikit-learn or scikit-image is missing.
+        WriteError: If the folder cannot be written.
     """
     with atomic_write(data_root, is_dir=True) as folder:
         for split, count in (('train', num_train), ('val', num_val)):
@@ -375,21 +385,21 @@ def write_digit_scenes(
 class DigitScenes(BaseDataset):
     """Scenes of handwritten digits, for semantic segmentation.
 
-    Reads the layout that :func:`write_digit_scenes` makes and gives what
-    mmseg's pipelines take. It needs no mmseg itself.
+    It reads the layout written by :func:`write_digit_scenes` and returns
+    samples for mmseg's pipelines. It does not require mmseg itself.
 
     Args:
         data_root (str): Folder with the scenes.
         split (str): 'train' or 'val'.
-        download (bool): Write the scenes where ``data_root`` is not there, or
-            empty. (The word is torchvision's; nothing is fetched from a
-            network.) Defaults to True.
+        download (bool): Whether to write the scenes if ``data_root`` is
+            missing or empty. The argument is named as in torchvision, but
+            nothing is downloaded from a network. Defaults to True.
         **kwargs: Arguments of mmengine's ``BaseDataset``.
 
     Raises:
-        UserError: If ``split`` is another word.
-        MissingFileError: If images or annotations are not there and not to
-            be written.
+        UserError: If ``split`` is unknown.
+        MissingFileError: If images or annotations are missing, and
+            ``download`` is False or ``data_root`` is not empty.
     """
 
     METAINFO = dict(classes=CLASSES, palette=PALETTE)

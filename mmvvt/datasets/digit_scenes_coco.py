@@ -1,6 +1,7 @@
-"""The digit scenes as mmdet's COCO data set; needs mmdet, unlike the rest.
+"""Digit scenes as a COCO dataset of mmdet.
 
-``import mmvvt`` leaves it out: a config names it under ``custom_imports``.
+This module requires mmdet, so ``import mmvvt`` does not import it. Configs
+import it with ``custom_imports``.
 """
 
 import os
@@ -18,13 +19,13 @@ CLASSES = tuple('0123456789')
 class DigitScenesCoco(CocoDataset):
     """Scenes of handwritten digits, for detection.
 
-    Reads boxes and masks that :func:`write_digit_scenes` makes.
+    It reads the boxes and masks written by :func:`write_digit_scenes`.
 
     Args:
         data_root (str): Folder with the scenes.
-        download (bool): Write the scenes where ``data_root`` is not there, or
-            empty. (The word is torchvision's; nothing is fetched from a
-            network.) Defaults to True.
+        download (bool): Whether to write the scenes if ``data_root`` is
+            missing or empty. The argument is named as in torchvision, but
+            nothing is downloaded from a network. Defaults to True.
         **kwargs: Arguments of mmdet's ``CocoDataset``.
     """
 

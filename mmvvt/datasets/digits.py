@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as image files."""
+"""Handwritten digits of scikit-learn as image files."""
 
 import os
 from typing import Dict, Tuple
@@ -16,13 +16,13 @@ HELD_OUT = 0.2
 
 
 def split_digits() -> Tuple[np.ndarray, np.ndarray, Dict[str, np.ndarray]]:
-    """The scans, and which of them are held out.
+    """Load the scans and split them into training and validation sets.
 
     Returns:
         tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]: Images
         ``(1797, 8, 8)`` with values 0 to 16, labels ``(1797,)``, and the
-        numbers of the scans of 'train' and 'val': fixed, stratified,
-        80 / 20.
+        indices of the scans of 'train' and 'val'. The split is fixed and
+        stratified, 80 % / 20 %.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -40,20 +40,23 @@ def split_digits() -> Tuple[np.ndarray, np.ndarray, Dict[str, np.ndarray]]:
 def write_digits(data_root: str) -> None:
     """Write the 1 797 scans as ``data_root/{train,val}/{0..9}/NNNN.png``.
 
-    The scans (8 x 8 pixels, 17 grey levels; UCI's *Optical Recognition of
-    Handwritten Digits*) ship inside the scikit-learn wheel. The split is
-    fixed and stratified, 80 / 20; NNNN is the scan's number in scikit-learn's
-    order. The folder appears whole or not at all, so several processes may
-    call this at once.
+    The scans (8 x 8 pixels, 17 grey levels) are the test set of UCI's
+    *Optical Recognition of Handwritten Digits* and are included in
+    scikit-learn. The split is fixed and stratified, 80 % / 20 %; NNNN is the
+    index of the scan in scikit-learn. The folder is written atomically, so
+    several processes may call this function at the same time.
 
     Args:
-        data_root (str): Folder to make.
+        data_root (str): Folder to create.
+
+    Raises:
+        WriteError: If the folder cannot be written.
     """
     images, labels, members = split_digits()
     with atomic_write(data_root, is_dir=True) as folder:
         for split in SPLITS:
             for number in members[split]:
-                # 17 grey levels, 0 to 16, to 8 bits
+                # Map the grey levels 0 to 16 to 8 bits.
                 image = np.rint(images[number] * (255 / 16))
                 mmcv.imwrite(
                     image.astype(np.uint8),
@@ -65,21 +68,22 @@ def write_digits(data_root: str) -> None:
 
 @DATASETS.register_module()
 class Digits(BaseDataset):
-    """scikit-learn's handwritten digits, for classification.
+    """Handwritten digits of scikit-learn, for image classification.
 
-    Reads the layout that :func:`write_digits` makes, one folder a class.
+    It reads the layout written by :func:`write_digits`, one folder per class.
 
     Args:
         data_root (str): Folder with the images.
         split (str): 'train' (1 437 scans) or 'val' (360 scans).
-        download (bool): Write the images where ``data_root`` is not there, or
-            empty. (The word is torchvision's; nothing is fetched from a
-            network.) Defaults to True.
+        download (bool): Whether to write the images if ``data_root`` is
+            missing or empty. The argument is named as in torchvision, but
+            nothing is downloaded from a network. Defaults to True.
         **kwargs: Arguments of mmengine's ``BaseDataset``.
 
     Raises:
-        UserError: If ``split`` is another word.
-        MissingFileError: If the images are not there and not to be written.
+        UserError: If ``split`` is unknown.
+        MissingFileError: If images are missing, and ``download`` is False or
+            ``data_root`` is not empty.
     """
 
     METAINFO = dict(classes=tuple('0123456789'))

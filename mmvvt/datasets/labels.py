@@ -1,4 +1,4 @@
-"""A check of the labels that a segmentation pipeline has read."""
+"""Validation of the label maps in a segmentation pipeline."""
 
 import numpy as np
 from mmcv.transforms import BaseTransform
@@ -9,19 +9,21 @@ from ..errors import LabelError, UserError
 
 @TRANSFORMS.register_module()
 class CheckLabels(BaseTransform):
-    """Refuse a label map with a value that is no class.
+    """Raise an error if a label map contains an invalid value.
 
-    Such a value stops a GPU with a message that names neither file nor
-    value, and is passed over in silence by mmseg's metric. Stands behind
-    ``LoadAnnotations``.
+    Without this check, an invalid value causes a CUDA error that names neither
+    the file nor the value, and mmseg's metric ignores it silently. Place this
+    transform after ``LoadAnnotations``.
 
     Args:
-        num_classes (int): Values from 0 up to here, exclusive, are allowed.
-        ignore_index (int): Another allowed value. Defaults to 255.
+        num_classes (int): Number of classes; the values 0 to
+            ``num_classes - 1`` are valid.
+        ignore_index (int): Additional valid value. Defaults to 255.
 
     Raises:
-        UserError: If ``num_classes`` is no positive number.
-        LabelError: From :meth:`transform`, if a map holds another value.
+        UserError: If ``num_classes`` is not a positive integer.
+        LabelError: Raised by :meth:`transform` if a label map contains any
+            other value.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255):
@@ -33,10 +35,10 @@ class CheckLabels(BaseTransform):
         self.ignore_index = ignore_index
 
     def transform(self, results: dict) -> dict:
-        """Check ``results['gt_seg_map']``, ``(H, W)``, where there is one."""
+        """Check ``results['gt_seg_map']``, ``(H, W)``, if it exists."""
         labels = results.get('gt_seg_map')
         if labels is None:
-            return results  # mmseg's inferencer reads no labels
+            return results  # mmseg's inferencer does not load labels.
         wrong = (labels >= self.num_classes) & (labels != self.ignore_index)
         if wrong.any():
             values = np.unique(labels[wrong]).tolist()

@@ -1,4 +1,4 @@
-"""What mmengine's registries hold: hooks, metrics, optimizer wrappers."""
+"""Hooks, metrics and optimizer wrappers registered with mmengine."""
 
 from .hooks import EpochSeedHook, MeanLossHook, seed_worker
 from .metrics import DumpPredictions

@@ -1,5 +1,4 @@
-"""Hooks that make a run the same whether it is broken off and resumed, or
-spread over several processes."""
+"""Hooks for reproducible training when resuming or using several processes."""
 
 import random
 
@@ -10,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import FUNCTIONS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
-MAX_SEED = 2**32  # NumPy takes no larger one
+MAX_SEED = 2**32  # Exclusive upper limit of seeds in NumPy
 
 
 def _seed_everything(seed: int) -> None:
@@ -21,34 +20,38 @@ def _seed_everything(seed: int) -> None:
 
 @HOOKS.register_module()
 class EpochSeedHook(Hook):
-    """Seeds the random generators anew before each training epoch.
+    """Seed the random number generators before each training epoch.
 
-    A run that is killed and resumed then draws what an unbroken one would
-    have drawn, and ends with the same weights: drop path, dropout and mixing
-    depend on the run's seed, the epoch and the rank, not on how many numbers
-    were drawn before. For augmentation in worker processes, use
-    ``worker_init_fn=dict(type='seed_worker')`` and no persistent workers,
-    which live longer than an epoch.
+    Drop path, dropout and mixing then depend on the seed of the run, the epoch
+    and the rank, but not on the random numbers drawn before. A run that is
+    interrupted and resumed therefore ends with the same weights as an
+    uninterrupted run. To make augmentations in worker processes reproducible
+    as well, use ``worker_init_fn=dict(type='seed_worker')`` and do not use
+    persistent workers, which are not seeded again in the next epoch.
     """
 
     priority = 'VERY_HIGH'
 
     def before_train(self, runner) -> None:
-        """Give the sampler the seed of a resumed run.
+        """Set the seed of the sampler to the seed of the run.
 
-        It was built before the checkpoint was read, with a seed of its own
-        if the config has none. Data loaders without a sampler, as some tools
-        put in place, are left as they are.
+        The sampler is built before the checkpoint of a resumed run restores
+        the seed of the run. If the config does not set a seed, the sampler
+        therefore has a seed of its own. Nothing is changed if the data loader
+        has no sampler with a seed, or if ``diff_rank_seed`` is set.
+
+        Args:
+            runner (Runner): The runner of the training process.
         """
         sampler = getattr(runner.train_dataloader, 'sampler', None)
-        # The runner has no public attribute for the settings of its seed:
-        # runner.cfg lacks them where it was built without a config.
+        # The runner has no public attribute for its randomness settings, and
+        # runner.cfg lacks them if the runner was built without a config.
         different_seeds = runner._randomness_cfg.get('diff_rank_seed', False)
         if hasattr(sampler, 'seed') and not different_seeds:
             sampler.seed = runner.seed
 
     def before_train_epoch(self, runner) -> None:
-        """Seed Python, NumPy and PyTorch."""
+        """Seed Python, NumPy and PyTorch; only in epoch-based training."""
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             return
         sequence = np.random.SeedSequence(
@@ -59,33 +62,34 @@ class EpochSeedHook(Hook):
 
 @FUNCTIONS.register_module()
 def seed_worker(worker_id: int) -> None:
-    """Seed a data loader's worker from PyTorch's base seed.
+    """Seed a data loader worker from its initial PyTorch seed.
 
-    mmengine's own function gives a worker the same seed each time it starts,
-    and so the same augmentations in each epoch unless workers persist.
+    mmengine's ``worker_init_fn`` uses the same seed each time a worker starts,
+    so that without persistent workers the augmentations are the same in every
+    epoch.
 
     Args:
-        worker_id (int): Number of the worker; PyTorch has already added it
-            to its seed.
+        worker_id (int): Index of the worker. It is not used, because PyTorch
+            already includes it in the initial seed of the worker.
     """
     _seed_everything(torch.initial_seed())
 
 
 @HOOKS.register_module()
 class MeanLossHook(Hook):
-    """Logs the mean of the losses over all processes.
+    """Log the mean of the losses over all processes.
 
-    mmengine logs those of the first process, which has seen a part of the
-    batch. With this, the log of several processes is that of one with the
-    joint batch.
+    mmengine logs only the losses of the first process, computed on its part
+    of the batch. With this hook, the log of several processes corresponds to
+    the log of a single process with the complete batch.
     """
 
-    priority = 'HIGHEST'  # before RuntimeInfoHook takes them for the log
+    priority = 'HIGHEST'  # Runs before RuntimeInfoHook logs the losses
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
-        """Replace each loss by its mean."""
+        """Replace each loss with its mean over all processes."""
         if get_world_size() == 1:
             return
         for name, value in outputs.items():

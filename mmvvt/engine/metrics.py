@@ -1,4 +1,4 @@
-"""Predictions into a file."""
+"""Metric that writes predictions to a file."""
 
 from typing import Any, Sequence
 
@@ -7,7 +7,7 @@ from mmengine.registry import METRICS
 
 
 def _compact_instances(instances: dict) -> dict:
-    """Boxes as plain tensors and masks, (n, H, W), as COCO's run lengths."""
+    """Convert boxes to tensors and masks ``(n, H, W)`` to COCO's RLE."""
     compact = dict(instances)
     if hasattr(compact.get('bboxes'), 'tensor'):
         compact['bboxes'] = compact['bboxes'].tensor
@@ -33,21 +33,29 @@ def _compact(sample: dict) -> dict:
 
 @METRICS.register_module()
 class DumpPredictions(DumpResults):
-    """mmengine's ``DumpResults`` without a number for each pixel.
+    """mmengine's ``DumpResults`` with compact predictions.
 
-    A segmentor's ``seg_logits`` have one for each class and pixel, 200 MB
-    for an image of ADE20K, and a detector's masks one for each object and
-    pixel; the images are gathered before the file is written. The scores
-    are left out, the masks become COCO's run lengths. Ground truth stays.
+    The ``seg_logits`` of a segmentor contain one value per class and pixel,
+    about 200 MB for an image of ADE20K. The masks of a detector contain one
+    value per object and pixel. All predictions are collected in memory before
+    the file is written. This metric therefore drops ``seg_logits`` and
+    converts masks to COCO's run-length encoding (RLE). It keeps the ground
+    truth.
 
     Args:
-        out_file_path (str): The file, ``.pkl``.
+        out_file_path (str): Output file; its name ends with ``.pkl``.
         **kwargs: Arguments of mmengine's ``DumpResults``.
 
     Raises:
-        ValueError: If the file is no ``.pkl``.
+        ValueError: If the name of the file does not end with ``.pkl``.
     """
 
     def process(self, data_batch: Any, predictions: Sequence[dict]) -> None:
-        """Keep the predictions of a batch, dicts of a data sample's fields."""
+        """Store the predictions of a batch.
+
+        Args:
+            data_batch (Any): Batch of data from the data loader.
+            predictions (Sequence[dict]): Predictions of the batch, data
+                samples converted to dicts.
+        """
         super().process(data_batch, [_compact(s) for s in predictions])

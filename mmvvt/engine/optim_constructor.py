@@ -1,4 +1,4 @@
-"""Few parameter groups in place of one for each parameter."""
+"""Optimizer wrapper constructor that merges parameter groups."""
 
 from typing import List
 
@@ -13,23 +13,27 @@ def _options(group: dict) -> dict:
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class MergedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's constructor, but one group for all parameters alike.
+    """Default constructor of mmengine with merged parameter groups.
 
-    With ``paramwise_cfg`` mmengine makes a group of each parameter. An
-    optimizer goes through its groups one by one, so that the operations it
-    has for many tensors at once get one each, and so do the schedulers. Here
-    parameters of the same options share a group; the update is the same.
+    With ``paramwise_cfg``, mmengine creates one group per parameter.
+    Optimizers and schedulers process groups one after the other, so that the
+    multi-tensor (foreach) implementations of an optimizer receive only one
+    tensor at a time. This constructor merges groups with equal options, which
+    is faster and does not change the update.
 
-    Arguments are those of mmengine's ``DefaultOptimWrapperConstructor``.
+    The arguments are those of mmengine's ``DefaultOptimWrapperConstructor``.
     """
 
     def add_params(
         self, params: List[dict], module: nn.Module, prefix: str = '', **kwargs
     ) -> None:
-        """Add the groups of a module to ``params``; see the parent class."""
+        """Add the parameter groups of a module to ``params`` in place.
+
+        See the parent class for the arguments.
+        """
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
-            return  # a submodule: what calls this has more to add
+            return  # Recursive call for a submodule: merge once at the end.
         merged: List[dict] = []
         for group in params:
             options = _options(group)

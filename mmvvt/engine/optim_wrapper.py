@@ -1,4 +1,4 @@
-"""Mixed precision that also runs where there is no GPU."""
+"""Mixed precision optimizer wrapper that also works without a GPU."""
 
 import torch
 from mmengine.logging import print_log
@@ -10,24 +10,25 @@ from mmengine.registry import OPTIM_WRAPPERS
 def auto_amp_optim_wrapper(
     loss_scale='dynamic', dtype=None, **kwargs
 ) -> OptimWrapper:
-    """Mixed precision on a GPU, float32 on the CPU.
+    """Build a mixed precision wrapper on a GPU, a float32 one on a CPU.
 
-    mmengine's ``AmpOptimWrapper`` refuses to be built without a GPU, so a
-    recipe that names it cannot take a step on a laptop. This gives that very
-    wrapper where there is a GPU, and the plain one in float32, with a line
-    in the log that says so, where there is none. (Autocast to bfloat16 would
-    be the other choice; on processors without instructions for it, it is
-    slower than float32.)
+    mmengine's ``AmpOptimWrapper`` cannot be built without a GPU, so configs
+    that use it cannot be trained on a CPU. This function returns an
+    ``AmpOptimWrapper`` if CUDA is available. Otherwise, it logs a message and
+    returns an ``OptimWrapper``, which trains in float32. Autocast to bfloat16
+    is not used on CPUs, because it is slower than float32 on processors
+    without bfloat16 instructions.
 
     Args:
-        loss_scale (str | float | dict): See mmengine's ``AmpOptimWrapper``.
-            Defaults to 'dynamic'.
-        dtype (str | torch.dtype, optional): Autocast type, see there.
-            Defaults to None, float16 on CUDA.
+        loss_scale (str | float | dict): Loss scale of mmengine's
+            ``AmpOptimWrapper``; not used on a CPU. Defaults to 'dynamic'.
+        dtype (str | torch.dtype, optional): Autocast dtype of mmengine's
+            ``AmpOptimWrapper``; not used on a CPU. Defaults to None, which is
+            float16 on CUDA.
         **kwargs: Arguments of mmengine's ``OptimWrapper``.
 
     Returns:
-        OptimWrapper: The wrapper.
+        OptimWrapper: The optimizer wrapper.
     """
     if torch.cuda.is_available():
         return AmpOptimWrapper(loss_scale=loss_scale, dtype=dtype, **kwargs)

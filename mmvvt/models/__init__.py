@@ -1,4 +1,4 @@
-"""The backbone and its blocks."""
+"""The VVT backbone and its building blocks."""
 
 from .attention import VicinityAttention
 from .mlp import ConvMLP

@@ -1,4 +1,4 @@
-"""The vicinity attention block."""
+"""Vicinity attention with FRA and FPC."""
 
 from typing import Tuple
 
@@ -18,33 +18,41 @@ from mmvvt.ops.reference import magnitude_clamp as plain_magnitude_clamp
 
 
 class VicinityAttention(BaseModule):
-    """Vicinity attention with feature reduction (FRA) and feature preserving
-    connection (FPC), as in *Vicinity Vision Transformer* (arXiv 2206.10552).
+    """Vicinity attention of *Vicinity Vision Transformer* (arXiv 2206.10552).
+
+    Linear attention with a 2D locality bias, feature reduction attention
+    (FRA) and a feature preserving connection (FPC). FRA reduces the number
+    of channels of queries, keys and values. FPC multiplies the output by a
+    squeeze-and-excitation gate computed from the input, and adds the product
+    to the output.
 
     Args:
-        embed_dims (int): Channels C of input and output.
-        num_heads (int): Attention heads.
-        fr_ratio (int): Feature reduction: queries, keys and values have
+        embed_dims (int): Number of input and output channels C.
+        num_heads (int): Number of attention heads.
+        fr_ratio (int): Feature reduction ratio: queries, keys and values have
             ``embed_dims / fr_ratio`` channels. Defaults to 2.
-        sr_ratio (int): Spatial reduction: keys and values live on a grid
-            ``sr_ratio`` times coarser. Defaults to 1, none, as in all
-            published models.
-        se_ratio (int): Reduction of the hidden layer of the FPC's gate.
-            Defaults to 1, as in all published models.
-        locality (str): 'sum', 'product', '1d' or 'none', see
-            :func:`mmvvt.ops.vicinity_attention`. Defaults to 'sum'.
-        clamp (bool): Apply the six magnitude clamps of the official code,
-            which published checkpoints need. Defaults to True.
-        eps (float): Added to the sum of weights. Defaults to 1e-4.
-        backend (str): 'auto', 'torch', 'triton' or 'reference'. The last is
-            the plain formula, to read and to compare with. Defaults to
-            'auto'.
-        init_cfg (dict, optional): Initialisation. Defaults to None.
+        sr_ratio (int): Spatial reduction ratio: the grid of keys and values
+            is ``sr_ratio`` times coarser than that of the queries. Defaults
+            to 1 (no spatial reduction), as in all published models.
+        se_ratio (int): Channel reduction ratio of the hidden layer of the
+            FPC gate. Defaults to 1, as in all published models.
+        locality (str): Type of locality: 'sum', 'product', '1d' or 'none',
+            see :func:`mmvvt.ops.vicinity_attention`. Defaults to 'sum'.
+        clamp (bool): Whether to apply the six magnitude clamps of the
+            official code, which published checkpoints require. Defaults to
+            True.
+        eps (float): Value added to the denominator of the attention, the sum
+            of the attention weights. Defaults to 1e-4.
+        backend (str): 'auto', 'torch', 'triton' or 'reference'. 'reference'
+            is the reference implementation; every other backend is tested
+            against it. Defaults to 'auto'.
+        init_cfg (dict, optional): Initialisation config. Defaults to None.
 
     Raises:
-        UserError: If the dimensions cannot be divided as asked, or there is
-            no such locality or backend.
-        BackendError: If the backend cannot run, with the reason.
+        UserError: If ``embed_dims`` is not divisible by
+            ``fr_ratio * num_heads`` or by ``se_ratio``, or if the locality or
+            the backend is unknown.
+        BackendError: If the backend cannot run; the message gives the reason.
     """
 
     def __init__(
@@ -89,7 +97,7 @@ class VicinityAttention(BaseModule):
         self.k_proj = nn.Linear(embed_dims, reduced_dims)
         self.v_proj = nn.Linear(embed_dims, reduced_dims)
         self.out_proj = nn.Linear(reduced_dims, embed_dims)
-        # The gate of the FPC: a squeeze and an excitation.
+        # Squeeze-and-excitation gate of the FPC.
         self.se_fc = nn.Sequential(
             nn.Linear(embed_dims, embed_dims // se_ratio, bias=False),
             nn.ReLU(),
@@ -107,7 +115,7 @@ class VicinityAttention(BaseModule):
         return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _reduce_grid(self, x: Tensor, spatial_shape: Tuple[int, int]):
-        """Tokens of keys and values, and their grid."""
+        """Return the input tokens of keys and values, and their grid."""
         if self.sr_ratio == 1:
             return x, spatial_shape
         if min(spatial_shape) < self.sr_ratio:
@@ -124,17 +132,18 @@ class VicinityAttention(BaseModule):
         return self.norm(x.flatten(2).transpose(1, 2)), key_shape
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
-        """Attend.
+        """Forward pass.
 
         Args:
-            x (Tensor): ``(B, N, C)``, tokens in row-major order.
+            x (Tensor): Tokens ``(B, N, C)`` in row-major order.
             spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
 
         Returns:
-            Tensor: ``(B, N, C)``.
+            Tensor: Output tokens ``(B, N, C)``.
 
         Raises:
-            UserError: If ``spatial_shape`` does not have N tokens.
+            UserError: If h * w is not N, or if the grid has fewer rows or
+                columns than ``sr_ratio``.
         """
         if spatial_shape[0] * spatial_shape[1] != x.shape[1]:
             raise UserError(

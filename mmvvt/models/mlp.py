@@ -1,4 +1,4 @@
-"""The MLP of a block: linear, depthwise convolution, GELU, linear."""
+"""MLP with a depthwise convolution."""
 
 from typing import Tuple
 
@@ -16,9 +16,10 @@ class DWConv(BaseModule):
 
     Args:
         channels (int): Number of channels.
-        plain (bool): Copy to ``(B, C, h, w)`` and back, as the official code
-            does. Defaults to False, no copies.
-        init_cfg (dict, optional): Initialisation. Defaults to None.
+        plain (bool): Whether to copy the tokens to a contiguous
+            ``(B, C, h, w)`` tensor first, as the official code does. Defaults
+            to False: the convolution reads a channels-last view.
+        init_cfg (dict, optional): Initialisation config. Defaults to None.
     """
 
     def __init__(self, channels: int, plain: bool = False, init_cfg=None):
@@ -29,15 +30,15 @@ class DWConv(BaseModule):
         )
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
-        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w), channels last: no copy
+        """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
+        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w), a channels-last view
         x = x.unflatten(1, spatial_shape).permute(0, 3, 1, 2)
         x = self.dwconv(x.contiguous() if self.plain else x)
         # (B, C, h, w) -> (B, h, w, C) -> (B, N, C)
         return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-# A depthwise 3x3 convolution with padding 1 of D channels.
+# Depthwise 3x3 convolution of D channels with padding 1.
 DEPTHWISE = StockLayer(
     nn.Conv2d,
     parameters=dict(weight='D133', bias='D'),
@@ -45,7 +46,7 @@ DEPTHWISE = StockLayer(
     settings=dict(padding_mode='zeros'),
 )
 EXACT_GELU = StockLayer(nn.GELU, settings=dict(approximate='none'))
-# The layers whose weights the fused kernel reads without calling them.
+# Layers that the fused kernel replaces: it reads their weights directly.
 FUSED_LAYERS = {
     'dwconv': StockLayer(DWConv),
     'dwconv.dwconv': DEPTHWISE,
@@ -54,17 +55,22 @@ FUSED_LAYERS = {
 
 
 class ConvMLP(BaseModule):
-    """Linear, depthwise 3x3, GELU, Linear.
+    """MLP of a block: linear, depthwise 3x3 convolution, GELU, linear.
 
     Args:
-        embed_dims (int): Channels of input and output.
-        hidden_dims (int): Channels in between.
-        drop_rate (float): Dropout after the GELU and at the end. Defaults
-            to 0.
-        backend (str): 'triton' takes convolution and GELU in one kernel,
-            'reference' copies between convolution and tokens as the official
-            code does. Defaults to 'auto'.
-        init_cfg (dict, optional): Initialisation. Defaults to None.
+        embed_dims (int): Number of input and output channels.
+        hidden_dims (int): Number of hidden channels.
+        drop_rate (float): Dropout rate after the GELU and after the second
+            linear layer. Defaults to 0.
+        backend (str): 'auto', 'torch', 'triton' or 'reference'. 'triton'
+            fuses the convolution and the GELU in one kernel; 'reference'
+            copies the tokens to a contiguous ``(B, C, h, w)`` tensor before
+            the convolution, as the official code does. Defaults to 'auto'.
+        init_cfg (dict, optional): Initialisation config. Defaults to None.
+
+    Raises:
+        UserError: If the backend is unknown.
+        BackendError: If the backend cannot run; the message gives the reason.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class ConvMLP(BaseModule):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
+        """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
         x = self.fc1(x)
         if (
             self.backend == 'triton'

@@ -1,9 +1,12 @@
-"""What a fast path checks before it reads weights without calling layers.
+"""Check that layers are unmodified before a fast path bypasses them.
 
-Users replace layers, change their settings, prune, quantise, re-parametrise,
-wrap and hook them, one by one or globally. A fast path declares the layers
-that it stands for as a table of :class:`StockLayer`. It runs only if
-:func:`find_difference` finds nothing else; otherwise the layers are called.
+A fast path reads the weights of layers without calling the layers. This is
+correct only if the layers are the ones that it was written for. Users may
+replace, prune, quantise, re-parametrise or wrap layers, change their settings,
+or register hooks on them, individually or globally. A fast path therefore
+declares the layers that it replaces in a table of :class:`StockLayer`, and
+runs only if :func:`find_difference` returns None. Otherwise, the layers are
+called as usual.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +18,8 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-# PyTorch has no public attribute for most of what is read in this file: hooks,
-# modes and the methods that someone may have replaced.
+# PyTorch has no public interface for most of what this file reads: hooks,
+# dispatch modes, and whether a method has been replaced.
 HOOKS = (
     '_forward_hooks',
     '_forward_pre_hooks',
@@ -28,17 +31,23 @@ _MODULE_CALL = nn.Module.__call__
 
 @dataclass
 class StockLayer:
-    """A layer as a fast path assumes it.
+    """Description of a layer that a fast path replaces.
 
     Attributes:
-        cls (type): Its class; a subclass is another layer.
-        parameters (dict[str, str | None]): Shape of each parameter, a letter
-            for each axis, or a digit for a fixed length. Equal letters stand
-            for equal lengths in the whole table; ``C`` is the number of
-            channels of the input. None: there must be no such parameter.
+        cls (type): Exact class of the layer; subclasses do not match.
+        parameters (dict[str, str | None]): Shape of each parameter, one
+            character per axis: a digit is a fixed length, a letter is a
+            variable length. A letter denotes the same length in the whole
+            table; ``C`` is the number of input channels. None means that the
+            parameter must be None.
         sizes (dict[str, str]): Attributes that hold lengths, in the same
-            notation: one letter for an int or a tuple of one.
-        settings (dict[str, object]): Other attributes and their values.
+            notation. A single character matches an int or a tuple of length
+            one.
+        settings (dict[str, object]): Other attributes and their required
+            values.
+        forward (Callable): ``cls.forward`` when the table was created.
+        class_attributes (frozenset[str]): Names of the attributes of ``cls``
+            when the table was created.
     """
 
     cls: type
@@ -54,12 +63,12 @@ class StockLayer:
 
 
 def _is_observed() -> bool:
-    """Whether hooks or modes of the whole process follow calls of modules."""
+    """Whether global hooks or modes observe the calls of modules."""
     return (
         bool(torch_module._has_any_global_hook())
         or nn.Module.__call__ is not _MODULE_CALL
         or torch._C._len_torch_dispatch_stack() > 0
-        # torch.set_default_device is such a mode, and changes nothing here.
+        # torch.set_default_device uses such a mode; it has no effect here.
         or any(
             not isinstance(mode, DeviceContext)
             for mode in torch.overrides._get_current_function_mode_stack()
@@ -68,7 +77,7 @@ def _is_observed() -> bool:
 
 
 def _fits(lengths, axes: str, known: Dict[str, int]) -> bool:
-    """Whether lengths fit axes; learns the letters that are not known."""
+    """Whether lengths match axes; adds new letters to ``known``."""
     if isinstance(lengths, int):
         lengths = (lengths,)
     if not isinstance(lengths, tuple) or len(lengths) != len(axes):
@@ -83,7 +92,7 @@ def _fits(lengths, axes: str, known: Dict[str, int]) -> bool:
 def _difference(
     layer: nn.Module, stock: StockLayer, x: Tensor, known: Dict[str, int]
 ) -> Optional[str]:
-    """What is different about one layer; None if nothing is."""
+    """Return how a layer differs from its description, or None."""
     if type(layer) is not stock.cls:
         return f'is a {type(layer).__name__}'
     if stock.cls.forward is not stock.forward:
@@ -125,18 +134,20 @@ def _difference(
 def find_difference(
     module: nn.Module, layers: Mapping[str, StockLayer], x: Tensor
 ) -> Optional[str]:
-    """Find where a module's layers differ from what a fast path assumes.
+    """Find the first difference between a module and a table of layers.
 
     Args:
-        module (nn.Module): Holds the layers.
-        layers (dict[str, StockLayer]): All layers of some children of the
-            module, by name. Other children are ignored.
-        x (Tensor): ``(..., C)``, the input. Parameters must have its dtype
-            and be on its device.
+        module (nn.Module): Module that contains the layers.
+        layers (dict[str, StockLayer]): Expected layers by name. The table
+            must list all submodules of every child that it mentions; other
+            children of the module are ignored.
+        x (Tensor): Input ``(..., C)``. Parameters must have the same dtype
+            and be on the same device as ``x``.
 
     Returns:
-        str | None: The first difference, or that modules are observed by
-        global hooks or modes. None if there is no difference.
+        str | None: Description of the first difference, or a note that global
+        hooks or modes observe the calls of modules. None if there is no
+        difference.
     """
     if _is_observed():
         return 'global hooks or modes follow the calls of modules'

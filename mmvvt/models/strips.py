@@ -1,8 +1,8 @@
-"""A block in strips: a fast path for large images on CPUs.
+"""Strip-wise execution of a block, a fast path for large images on CPUs.
 
-It computes what the layers of a block compute, see :mod:`mmvvt.ops.strips`,
-but reads their weights instead of calling them. :data:`LAYERS` is the list of
-everything that it assumes about them.
+The fast path computes the same function as the layers of the block, see
+:mod:`mmvvt.ops.strips`, but reads the weights of the layers instead of calling
+them. :data:`LAYERS` lists everything that it assumes about the layers.
 """
 
 from typing import TYPE_CHECKING, Optional, Tuple
@@ -42,8 +42,9 @@ def _linear(weight: str, bias: Optional[str]) -> StockLayer:
     return StockLayer(nn.Linear, parameters=dict(weight=weight, bias=bias))
 
 
-# By name, with C channels, R after feature reduction, S in the hidden layer of
-# the gate and D in that of the MLP.
+# Layers of a block by name. C is the number of channels, R the number after
+# feature reduction, S the number of hidden channels of the FPC gate and D the
+# number of hidden channels of the MLP.
 LAYERS = {
     'norm1': _layer_norm(),
     'attn': StockLayer(VicinityAttention, settings=dict(sr_ratio=1)),
@@ -71,15 +72,15 @@ LAYERS = {
 def find_obstacle(
     block: 'VVTBlock', x: Tensor, spatial_shape: Tuple[int, int]
 ) -> Optional[str]:
-    """Find why a block cannot or should not run in strips.
+    """Find a reason why a block does not run in strips.
 
     Args:
         block (VVTBlock): The block.
-        x (Tensor): ``(B, N, C)``, its input.
+        x (Tensor): Input ``(B, N, C)`` of the block.
         spatial_shape (tuple[int, int]): Grid ``(h, w)``.
 
     Returns:
-        str | None: The first reason; None if it runs in strips.
+        str | None: The first reason found; None if the block runs in strips.
     """
     if not runs_in_strips(x, block.hidden_dims):
         return 'strips are for large float inputs on a CPU, in eager mode'
@@ -101,7 +102,7 @@ def find_obstacle(
 
 
 def _path_scale(drop_path: DropPath, x: Tensor) -> Optional[Tensor]:
-    """Per-sample drop-path scale of a branch, ``(B, 1, 1)``; None for 1."""
+    """Per-sample drop-path scale ``(B, 1, 1)``; None if all scales are 1."""
     if not drop_path.training or drop_path.drop_prob == 0:
         return None
     return drop_path(x.new_ones(len(x), 1, 1))
@@ -110,15 +111,17 @@ def _path_scale(drop_path: DropPath, x: Tensor) -> Optional[Tensor]:
 def forward(
     block: 'VVTBlock', x: Tensor, spatial_shape: Tuple[int, int]
 ) -> Tensor:
-    """Run a block in strips, if :func:`find_obstacle` found nothing.
+    """Run a block in strips. Double backward is not supported.
+
+    Call it only if :func:`find_obstacle` returns None.
 
     Args:
         block (VVTBlock): The block.
-        x (Tensor): ``(B, N, C)``.
+        x (Tensor): Input tokens ``(B, N, C)``.
         spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
 
     Returns:
-        Tensor: ``(B, N, C)``. Double backward is not supported.
+        Tensor: Output tokens ``(B, N, C)``.
     """
     attn, mlp = block.attn, block.mlp
     qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
@@ -159,6 +162,6 @@ def forward(
         ),
         block.norm2.eps,
         _path_scale(block.drop_path, x),
-        # The output of the attention branch, which nothing else holds.
+        # Takes ownership of the attention output, modified in place.
         inplace=True,
     )

@@ -1,4 +1,4 @@
-"""The Vicinity Vision Transformer, a backbone of four stages."""
+"""Vicinity Vision Transformer (VVT), a backbone with four stages."""
 
 import math
 import warnings
@@ -24,26 +24,33 @@ MIN_SIZE = 32
 
 
 class VVTBlock(BaseModule):
-    """Attention and MLP, each behind a LayerNorm and on a shortcut.
+    """Vicinity Transformer block.
 
-    Large images on a CPU run through its two branches a strip at a time,
-    forward and backward, see :mod:`mmvvt.ops.strips`; with the backend
-    'reference' they do not. Layers that were replaced by others or have hooks
-    are called one after the other, so that nothing put there is left out.
+    Pre-norm block with residual connections around the vicinity attention
+    and the MLP::
+
+        x = x + DropPath(VicinityAttention(LayerNorm(x)))
+        x = x + DropPath(ConvMLP(LayerNorm(x)))
+
+    On CPUs, large images are processed in strips in the forward and backward
+    passes, see :mod:`mmvvt.ops.strips`. This fast path is not used with the
+    backends 'triton' and 'reference', or if a layer of the block has been
+    replaced, modified or hooked; the layers are then called as usual.
 
     Args:
-        embed_dims (int): Channels C.
-        num_heads (int): Attention heads.
-        mlp_ratio (int): Hidden channels of the MLP over C.
-        fr_ratio (int): Feature reduction of the attention.
-        sr_ratio (int): Spatial reduction of the attention.
-        drop_rate (float): Dropout of the MLP. Defaults to 0.
-        drop_path_rate (float): Stochastic depth. Defaults to 0.
-        with_cp (bool): Recompute the block in the backward pass instead of
-            keeping its activations. Defaults to False.
-        attn_cfg (dict): More arguments of :class:`VicinityAttention`.
+        embed_dims (int): Number of channels C.
+        num_heads (int): Number of attention heads.
+        mlp_ratio (int): Ratio of the hidden channels of the MLP to C.
+        fr_ratio (int): Feature reduction ratio of the attention.
+        sr_ratio (int): Spatial reduction ratio of the attention.
+        drop_rate (float): Dropout rate of the MLP. Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate. Defaults to 0.
+        with_cp (bool): Whether to use activation checkpointing, which
+            recomputes the block in the backward pass instead of saving its
+            activations. Defaults to False.
+        attn_cfg (dict): Further arguments of :class:`VicinityAttention`.
             Defaults to an empty dict.
-        init_cfg (dict, optional): Initialisation. Defaults to None.
+        init_cfg (dict, optional): Initialisation config. Defaults to None.
     """
 
     def __init__(
@@ -86,7 +93,7 @@ class VVTBlock(BaseModule):
         return x + self.drop_path(self.mlp(self.norm2(x), spatial_shape))
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)`` over the grid ``(h, w)``."""
+        """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
         if self.with_cp and self.training and torch.is_grad_enabled():
             return cp.checkpoint(
                 self._forward, x, spatial_shape, use_reentrant=False
@@ -95,14 +102,16 @@ class VVTBlock(BaseModule):
 
 
 class OverlapPatchEmbed(BaseModule):
-    """Strided convolution with overlapping windows, then LayerNorm.
+    """Overlapping patch embedding: strided convolution and LayerNorm.
+
+    Neighbouring patches overlap if the kernel is larger than the stride.
 
     Args:
-        in_channels (int): Channels of the input.
-        embed_dims (int): Channels of the tokens.
-        kernel_size (int): Window of the convolution.
-        stride (int): Step of the convolution.
-        init_cfg (dict, optional): Initialisation. Defaults to None.
+        in_channels (int): Number of input channels.
+        embed_dims (int): Number of output channels.
+        kernel_size (int): Kernel size of the convolution.
+        stride (int): Stride of the convolution.
+        init_cfg (dict, optional): Initialisation config. Defaults to None.
     """
 
     def __init__(
@@ -124,8 +133,8 @@ class OverlapPatchEmbed(BaseModule):
         self.norm = nn.LayerNorm(embed_dims, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
-        """``(B, C_in, H, W)`` to tokens ``(B, h * w, C)`` and ``(h, w)``."""
-        # Channels last, so that the tokens are a view of what comes out.
+        """Map ``(B, C_in, H, W)`` to ``(B, h * w, C)`` and ``(h, w)``."""
+        # Channels last: the tokens are a view of the convolution output.
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.proj(x)  # (B, C, h, w)
         spatial_shape = (x.shape[2], x.shape[3])
@@ -137,33 +146,40 @@ class OverlapPatchEmbed(BaseModule):
 class VVT(BaseModule):
     """Vicinity Vision Transformer.
 
-    A backbone from *Vicinity Vision Transformer* (arXiv 2206.10552). Its
-    attention is linear in the number of pixels and there is no position
-    table, so any input of 32 pixels or more a side will do. The names of
-    submodules are those of the official checkpoints.
+    A PyTorch implementation of the backbone of *Vicinity Vision Transformer*
+    (arXiv 2206.10552). It has a pyramid of four stages; each consists of an
+    overlapping patch embedding, a sequence of Vicinity Transformer blocks and
+    a LayerNorm. The strides of the stages are 4, 8, 16 and 32. The cost of
+    vicinity attention is linear in the number of tokens. There are no
+    position embeddings, so inputs may have any size of at least 32 x 32
+    pixels. Submodules have the same names as in the official checkpoints.
 
     Args:
-        arch (str | dict): 'tiny', 'small', 'medium', 'large', or a dict, see
-            :func:`mmvvt.arch.resolve_arch`.
-        in_channels (int): Channels of the image. Defaults to 3.
-        out_indices (Sequence[int] | int): Stages whose output is returned,
-            0 to 3; negative ones count from the end. Defaults to (3, ).
-        drop_rate (float): Dropout in the MLPs. Defaults to 0.
-        drop_path_rate (float): Stochastic depth of the last block; it rises
-            linearly from 0 over all blocks. Defaults to 0.
-        frozen_stages (int): Stages 0 to this one (patch embedding, blocks
-            and norm) are not trained and stay in evaluation mode. -1 freezes
-            none. Defaults to -1.
-        with_cp (bool): Recompute each block in the backward pass: less
-            memory, more time. Defaults to False.
-        attn_cfg (dict): More arguments of
+        arch (str | dict): Architecture: 'tiny', 'small', 'medium', 'large' or
+            a dict, see :func:`mmvvt.arch.resolve_arch`.
+        in_channels (int): Number of image channels. Defaults to 3.
+        out_indices (Sequence[int] | int): Indices of the stages whose outputs
+            are returned, 0 to 3; negative indices count from the end.
+            Defaults to (3, ).
+        drop_rate (float): Dropout rate of the MLPs. Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate of the last block. The
+            rate increases linearly from 0 over all blocks. Defaults to 0.
+        frozen_stages (int): Index of the last frozen stage. Stages 0 to
+            ``frozen_stages`` (patch embedding, blocks and norm) are not
+            trained and stay in evaluation mode. -1 means that no stage is
+            frozen. Defaults to -1.
+        with_cp (bool): Whether to use activation checkpointing, which
+            recomputes each block in the backward pass. This saves memory but
+            slows down training. Defaults to False.
+        attn_cfg (dict): Further arguments of
             :class:`mmvvt.models.VicinityAttention`: ``locality``, ``clamp``,
-            ``eps``, ``se_ratio``, ``backend``. Defaults to an empty dict.
-        init_cfg (dict | list[dict], optional): Initialisation. Defaults to
-            None, that of the official code.
+            ``eps``, ``se_ratio`` and ``backend``. Defaults to an empty dict.
+        init_cfg (dict | list[dict], optional): Initialisation config. Defaults
+            to None, the initialisation of the official code.
 
     Raises:
-        UserError: If an argument is not what is allowed.
+        UserError: If an argument is invalid.
+        BackendError: If the backend cannot run; the message gives the reason.
     """
 
     arch_settings = ARCH_SETTINGS
@@ -254,7 +270,7 @@ class VVT(BaseModule):
         return resolved
 
     def _stage(self, index: int) -> Tuple[nn.Module, nn.Module, nn.Module]:
-        """Patch embedding, blocks and norm of a stage, from 0."""
+        """Return the patch embedding, blocks and norm of a stage."""
         return (
             getattr(self, f'patch_embed{index + 1}'),
             getattr(self, f'block{index + 1}'),
@@ -262,11 +278,11 @@ class VVT(BaseModule):
         )
 
     def init_weights(self) -> None:
-        """Initialise as the official code does, or by ``init_cfg``."""
+        """Initialise as in the official code, or according to ``init_cfg``."""
         if self.init_cfg is not None:
             super().init_weights()
             return
-        if self.is_init:  # as mmengine does: what was loaded since, stays
+        if self.is_init:  # As in mmengine, keep weights loaded since then.
             warnings.warn(
                 'init_weights of VVT has been called more than once; the '
                 'weights are left as they are',
@@ -279,7 +295,7 @@ class VVT(BaseModule):
             elif isinstance(module, nn.LayerNorm):
                 constant_init(module, val=1, bias=0)
             elif isinstance(module, nn.Conv2d):
-                # mmengine's KaimingInit does not divide by the groups.
+                # mmengine's KaimingInit does not divide the fan by the groups.
                 fan_out = (
                     math.prod(module.kernel_size)
                     * module.out_channels
@@ -297,23 +313,26 @@ class VVT(BaseModule):
                 module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'VVT':
-        """Set the mode; frozen stages stay in evaluation mode."""
+        """Set the training mode; frozen stages stay in evaluation mode."""
         super().train(mode)
         self._freeze_stages()
         return self
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        """Feature maps of the stages ``out_indices``.
+        """Compute the feature maps of the stages in ``out_indices``.
 
         Args:
-            x (Tensor): ``(B, in_channels, H, W)``, H and W at least 32.
+            x (Tensor): Images ``(B, in_channels, H, W)``; H and W are at
+                least 32 pixels.
 
         Returns:
-            tuple[Tensor]: ``(B, C_i, ceil(H / s), ceil(W / s))`` with s = 4,
-            8, 16, 32, each normalised by its stage's LayerNorm.
+            tuple[Tensor]: Feature map of each stage in ``out_indices``,
+            ``(B, C_i, ceil(H / s), ceil(W / s))`` with stride s = 4, 8, 16 or
+            32, normalised by the LayerNorm of the stage.
 
         Raises:
-            UserError: If the image has other channels or is too small.
+            UserError: If the input is not 4-dimensional, has a wrong number of
+                channels or is smaller than 32 x 32 pixels.
         """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise UserError(

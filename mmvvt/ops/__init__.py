@@ -1,4 +1,4 @@
-"""Functions on tensors. Imports torch only (and Triton where it runs)."""
+"""Functional operators. Depends on PyTorch, and optionally on Triton."""
 
 from .angles import LOCALITIES
 from .attention import vicinity_attention

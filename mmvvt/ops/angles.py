@@ -1,4 +1,4 @@
-"""Cosines and sines of the vicinity angles, built once per grid."""
+"""Cosine and sine factors of the vicinity weights, cached per grid."""
 
 import math
 import threading
@@ -10,14 +10,16 @@ from torch import Tensor
 
 from .autograd import is_transformed
 
-# Products of a query's and a key's factor that each vicinity weight is a sum
-# of, and so the copies that the features of a token consist of.
+# Number n of factors per token. Each vicinity weight is a sum of n products of
+# a query factor and a key factor, so the features of a token have n * d
+# channels.
 NUM_FACTORS = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
 LOCALITIES = tuple(NUM_FACTORS)
 
-# A table is (h + w) * 2 numbers, or h * w * n, which large grids of the sum
-# form do without; multi-scale training meets a few hundred grids, a server
-# with free input sizes any number.
+# A table has (h + w) * 2 elements, or h * w * n elements. Large grids with
+# locality 'sum' only use the smaller one. Multi-scale training uses a few
+# hundred grids; inference with arbitrary input sizes has no such limit, so
+# the size of the cache is bounded.
 MAX_CACHED_TABLES = 256
 
 _cache: 'OrderedDict[tuple, Tuple[Tensor, ...]]' = OrderedDict()
@@ -25,19 +27,20 @@ _lock = threading.Lock()
 
 
 def axis_angles(length: int, dtype: torch.dtype, device) -> Tensor:
-    """Angles ``pi / 2 * index / length`` along one axis.
+    """Compute the angles ``pi / 2 * index / length`` along one axis.
 
     Args:
         length (int): Number of rows, columns or tokens.
-        dtype (torch.dtype): A floating-point type.
-        device (torch.device): Where to build them.
+        dtype (torch.dtype): Floating-point type of the result.
+        device (torch.device): Device of the result.
 
     Returns:
-        Tensor: ``(length,)``, in radians, within [0, pi / 2).
+        Tensor: Angles of shape ``(length,)``, in radians, in [0, pi / 2).
     """
-    # The official code takes the angle in float32, in this order, in a model
-    # of any dtype. Its gradients cannot be met to 1e-7 without: where the sum
-    # of weights is small they magnify the angle's rounding a thousandfold.
+    # As in the official code, the angles are computed in float32 and with this
+    # order of operations for every dtype. This is required to match its
+    # gradients to 1e-7: where the sum of weights is small, the gradients
+    # amplify the rounding error of the angles by a factor of about 1000.
     index = torch.arange(length, device=device, dtype=torch.float32)
     return (math.pi / 2 * index / length).to(dtype)
 
@@ -45,16 +48,16 @@ def axis_angles(length: int, dtype: torch.dtype, device) -> Tensor:
 def build_axis_factors(
     spatial_shape: Tuple[int, int], dtype: torch.dtype, device
 ) -> Tuple[Tensor, Tensor]:
-    """Build what :func:`axis_factors` caches.
+    """Build the tables that :func:`axis_factors` caches.
 
     Args:
         spatial_shape (tuple[int, int]): Grid ``(h, w)``.
-        dtype (torch.dtype): Type of the tables.
-        device (torch.device): Where to build them.
+        dtype (torch.dtype): Data type of the tables.
+        device (torch.device): Device of the tables.
 
     Returns:
-        tuple[Tensor, Tensor]: Cosine and sine of each row's angle, ``(2, h)``,
-        and of each column's, ``(2, w)``.
+        tuple[Tensor, Tensor]: Cosine and sine of the row angles, of shape
+        ``(2, h)``, and of the column angles, of shape ``(2, w)``.
     """
     rows, cols = (axis_angles(n, dtype, device) for n in spatial_shape)
     return (
@@ -66,7 +69,13 @@ def build_axis_factors(
 def build_token_factors(
     spatial_shape: Tuple[int, int], locality: str, dtype: torch.dtype, device
 ) -> Tuple[Tensor]:
-    """Build what :func:`token_factors` caches, in a tuple."""
+    """Build the table that :func:`token_factors` caches.
+
+    The arguments are those of :func:`token_factors`.
+
+    Returns:
+        tuple[Tensor]: A tuple with one table of shape ``(h * w, n)``.
+    """
     h, w = spatial_shape
     if locality == '1d':
         angles = axis_angles(h * w, dtype, device)
@@ -79,16 +88,17 @@ def build_token_factors(
 
 
 def combine_factors(rows: Tensor, cols: Tensor, locality: str) -> Tensor:
-    """Factors of tokens from those of their rows and columns.
+    """Compute the factors of each token from its row and column factors.
 
     Args:
-        rows (Tensor): ``(2, h)``.
-        cols (Tensor): ``(2, w)``.
+        rows (Tensor): Row factors of shape ``(2, h)``.
+        cols (Tensor): Column factors of shape ``(2, w)``.
         locality (str): 'sum' or 'product'.
 
     Returns:
-        Tensor: ``(h * w, 4)``.
+        Tensor: Token factors of shape ``(h * w, 4)``.
     """
+    # (2, h) -> (2, h, w) and (2, w) -> (2, h, w)
     grid = (2, rows.shape[1], cols.shape[1])
     rows, cols = rows[:, :, None].expand(grid), cols[:, None].expand(grid)
     if locality == 'sum':
@@ -96,32 +106,41 @@ def combine_factors(rows: Tensor, cols: Tensor, locality: str) -> Tensor:
     else:
         # (2, 1, h, w) * (2, h, w) -> (2, 2, h, w) -> (4, h, w)
         factors = (rows[:, None] * cols).flatten(0, 1)
-    return factors.flatten(1).t().contiguous()  # (h * w, 4)
+    # (4, h, w) -> (4, h * w) -> (h * w, 4)
+    return factors.flatten(1).t().contiguous()
 
 
 def _from_cache(
     build: Callable[..., Tuple[Tensor, ...]], *key
 ) -> Tuple[Tensor, ...]:
-    """Return ``build(*key)``, from the cache where it is there.
+    """Return ``build(*key)``, using a cache.
 
-    The cache keeps the :data:`MAX_CACHED_TABLES` most recently used tables.
-    Several threads may use it.
+    The cache keeps the :data:`MAX_CACHED_TABLES` most recently used results
+    and is thread-safe.
+
+    Args:
+        build (Callable): Function that builds the tables.
+        *key: Hashable arguments of ``build``.
+
+    Returns:
+        tuple[Tensor, ...]: The tables. They must not be modified in place.
     """
     if is_transformed():
-        # A compiler folds the table into its kernel; a cache seen while
-        # tracing would only tie the graph to one grid.
+        # A compiler fuses the computation of the table into its kernel.
+        # Reading the cache while tracing would specialise the graph to one
+        # grid.
         return build(*key)
     with _lock:
         tables = _cache.get((build, *key))
         if tables is not None:
             _cache.move_to_end((build, *key))
             return tables
-    # A table made under inference mode could not be saved for a later
-    # backward pass.
+    # Inference tensors cannot be saved for a backward pass, so inference mode
+    # is disabled while a cached table is built.
     with torch.inference_mode(False):
         tables = build(*key)
     if type(tables[0]) is not Tensor:
-        return tables  # traced with fake tensors: good for this call only
+        return tables  # fake tensors from tracing must not be cached
     with _lock:
         _cache[(build, *key)] = tables
         while len(_cache) > MAX_CACHED_TABLES:
@@ -132,9 +151,9 @@ def _from_cache(
 def axis_factors(
     spatial_shape: Tuple[int, int], dtype: torch.dtype, device
 ) -> Tuple[Tensor, Tensor]:
-    """What each row and each column of a grid is weighed by, from a cache.
+    """Return the cached cosine and sine factors of the rows and columns.
 
-    Arguments and result are those of :func:`build_axis_factors`.
+    The arguments and the result are those of :func:`build_axis_factors`.
     """
     return _from_cache(build_axis_factors, tuple(spatial_shape), dtype, device)
 
@@ -142,16 +161,17 @@ def axis_factors(
 def token_factors(
     spatial_shape: Tuple[int, int], locality: str, dtype: torch.dtype, device
 ) -> Tensor:
-    """What the copies of each token's features are weighed by, from a cache.
+    """Return the cached cosine and sine factors of each token.
 
     Args:
         spatial_shape (tuple[int, int]): Grid ``(h, w)``.
         locality (str): 'sum', 'product' or '1d'.
-        dtype (torch.dtype): Type of the table.
-        device (torch.device): Where to build it.
+        dtype (torch.dtype): Data type of the table.
+        device (torch.device): Device of the table.
 
     Returns:
-        Tensor: ``(h * w, n)``; n is 4, for '1d' 2.
+        Tensor: Factors of shape ``(h * w, n)``, where n is 4 for 'sum' and
+        'product' and 2 for '1d'.
     """
     return _from_cache(
         build_token_factors, tuple(spatial_shape), locality, dtype, device

@@ -1,4 +1,4 @@
-"""Vicinity attention: checks its arguments and calls the chosen backend."""
+"""Vicinity attention: argument checks and dispatch to a backend."""
 
 from contextlib import nullcontext
 from typing import Optional, Tuple
@@ -11,7 +11,7 @@ from . import linear, reference
 from .angles import LOCALITIES
 from .dispatch import check_backend, check_grid
 
-TRITON_HEAD_DIM = 128  # channels of a head, at most
+TRITON_HEAD_DIM = 128  # maximum number of channels per head
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, locality: str) -> None:
@@ -40,7 +40,12 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, locality: str) -> None:
 
 
 def _attention_obstacle(q: Tensor, k: Tensor, v: Tensor) -> Optional[str]:
-    """What, beyond the device and the types, the Triton kernels cannot do."""
+    """Check head dimension and dtypes for the Triton kernels.
+
+    Returns:
+        str or None: The reason why the kernels do not support these tensors,
+        or None if they do.
+    """
     if q.shape[-1] > TRITON_HEAD_DIM:
         return (
             f'the Triton kernels take heads of up to {TRITON_HEAD_DIM} '
@@ -66,48 +71,57 @@ def vicinity_attention(
     eps: float = 1e-4,
     backend: str = 'auto',
 ) -> Tensor:
-    r"""Attention that is linear in the tokens and prefers near neighbours.
+    r"""Vicinity attention, a linear attention with a 2D locality bias.
 
-    Token p gets :math:`\sum_r w_{pr} v_r / (\sum_r w_{pr} + eps)` with
-    :math:`w_{pr} = relu(q_p) \cdot relu(k_r) \, g(p, r)`, where :math:`g` is
+    The output of token p is
+    :math:`\sum_r w_{pr} v_r / (\sum_r w_{pr} + eps)` with
+    :math:`w_{pr} = relu(q_p) \cdot relu(k_r) \, g(p, r)`. The vicinity weight
+    :math:`g` depends on ``locality``:
 
-    - 'sum': :math:`\cos(a_p - a_r) + \cos(b_p - b_r)`, in all published
+    - 'sum': :math:`\cos(a_p - a_r) + \cos(b_p - b_r)`, used by all published
       models;
     - 'product': :math:`\cos(a_p - a_r) \cos(b_p - b_r)`;
     - '1d': :math:`\cos(c_p - c_r)`;
-    - 'none': 1
+    - 'none': 1.
 
-    and :math:`a = \pi/2 \cdot row/h`, :math:`b = \pi/2 \cdot col/w`,
-    :math:`c = \pi/2 \cdot index/N`. From *Vicinity Vision Transformer*
-    (arXiv 2206.10552); the clamps are those of its official code.
+    The angles, in radians, are :math:`a = \pi/2 \cdot row/h`,
+    :math:`b = \pi/2 \cdot col/w` and :math:`c = \pi/2 \cdot index/N`. The time
+    and memory of the linear form grow linearly with the number of tokens.
+
+    The method is from `Vicinity Vision Transformer
+    <https://arxiv.org/abs/2206.10552>`_. The clamps follow its official code.
 
     Args:
-        q (Tensor): ``(B, heads, N, d)``, before any activation.
-        k (Tensor): ``(B, heads, M, d)``, before any activation.
-        v (Tensor): ``(B, heads, M, d)``.
-        spatial_shape (tuple[int, int]): Query grid ``(h, w)``, h * w = N,
-            tokens in row-major order.
-        key_shape (tuple[int, int], optional): Key grid, h * w = M. Defaults
-            to None, the query grid.
+        q (Tensor): Queries of shape ``(B, heads, N, d)``, before the ReLU.
+        k (Tensor): Keys of shape ``(B, heads, M, d)``, before the ReLU.
+        v (Tensor): Values of shape ``(B, heads, M, d)``.
+        spatial_shape (tuple[int, int]): Query grid ``(h, w)`` with
+            h * w = N. Tokens are in row-major order.
+        key_shape (tuple[int, int], optional): Key grid ``(h, w)`` with
+            h * w = M. If None, the query grid is used. Defaults to None.
         locality (str): 'sum', 'product', '1d' or 'none'. Defaults to 'sum'.
-        clamp (bool): Limit the magnitudes of key-value sums, normaliser,
-            numerator and output to [1e-4, 1e4], as the published checkpoints
-            need. Defaults to True.
-        eps (float): Added to the sum of weights. Defaults to 1e-4.
-        backend (str): 'reference' is for reading and testing: the quadratic
-            definition where ``clamp`` is False, the plain linear form where
-            it is True. 'torch' is the linear form in stock operations,
-            'triton' in fused kernels for NVIDIA GPUs (float32, bfloat16 or
-            float16, d up to 128). 'auto' takes the environment variable
-            ``MMVVT_BACKEND``, or 'torch'. Defaults to 'auto'.
+        clamp (bool): Whether to clamp the magnitudes of the key-value sums,
+            normaliser, numerator and output to [1e-4, 1e4]. The published
+            checkpoints require it. Defaults to True.
+        eps (float): Value added to the sum of weights for numerical
+            stability. Defaults to 1e-4.
+        backend (str): 'reference' is the unoptimised implementation used for
+            testing: the quadratic definition if ``clamp`` is False, and the
+            linear form if it is True. 'torch' is the linear form in standard
+            PyTorch operations. 'triton' is the linear form in fused kernels
+            for NVIDIA GPUs (float32, bfloat16 or float16, d up to 128).
+            'auto' uses the environment variable ``MMVVT_BACKEND`` if it is
+            set, and 'torch' otherwise. Defaults to 'auto'.
 
     Returns:
-        Tensor: ``(B, heads, N, d)`` in the dtype of ``q``. Sums run in
-        float32 at least, whatever autocast says.
+        Tensor: Output of shape ``(B, heads, N, d)`` in the dtype of ``q``.
+        Sums are accumulated in float32 or higher precision, also under
+        autocast.
 
     Raises:
-        UserError: If shapes, grids or names do not fit.
-        BackendError: If the backend cannot run, with the reason.
+        UserError: If a shape, grid, dtype, locality or backend name is
+            invalid.
+        BackendError: If the backend cannot run with these arguments.
     """
     _check_arguments(q, k, v, locality)
     query_shape = check_grid('spatial_shape', spatial_shape, q.shape[2], 'q')

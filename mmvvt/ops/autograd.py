@@ -1,4 +1,4 @@
-"""When to record a backward pass written by hand."""
+"""Conditions for using a custom autograd function."""
 
 import torch
 from torch import Tensor
@@ -6,29 +6,34 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether something other than eager autograd follows the operations.
+    """Check whether operations are traced or transformed.
 
     Compilers, tracers, the transforms of ``torch.func`` and forward-mode
-    differentiation need plain operations: they derive their own backward
-    pass, or have rules for batches, for the operations that they see.
+    automatic differentiation require standard operations, because they apply
+    their own differentiation and batching rules to each operation.
+
+    Returns:
+        bool: True while compiling or tracing, and inside a ``torch.func``
+        transform or a forward-mode differentiation level.
     """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        # PyTorch has no public way to ask for the next two.
+        # PyTorch has no public API for the following two checks.
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
 
 
 def needs_custom_backward(*tensors: Tensor) -> bool:
-    """Whether to record a backward pass written by hand for these tensors.
+    """Check whether to use a custom autograd function for these tensors.
 
     Args:
-        *tensors (Tensor): The inputs that may need a gradient.
+        *tensors (Tensor): Inputs that may require a gradient.
 
     Returns:
-        bool: True if eager autograd records and one of them needs a gradient.
+        bool: True if eager autograd is enabled and at least one of the
+        tensors requires a gradient.
     """
     return (
         not is_transformed()

@@ -1,22 +1,31 @@
-"""The magnitude clamp of the official arithmetic."""
+"""Magnitude clamp of the official VVT implementation."""
 
 import torch
 from torch import Tensor
 
 from .autograd import is_transformed, needs_custom_backward
 
-# Bounds of the official code; published checkpoints were trained with them.
+# Bounds of the official code. The published checkpoints were trained with
+# them.
 CLAMP_MIN, CLAMP_MAX = 1e-4, 1e4
 
 
 def clamp_in_place(t: Tensor) -> Tensor:
-    """:func:`magnitude_clamp` in place, outside autograd."""
+    """Apply :func:`magnitude_clamp` in place, without autograd support."""
     sign = t.sign()
     return t.abs_().clamp_(CLAMP_MIN, CLAMP_MAX).mul_(sign)
 
 
 def mask_clamp_grad(grad: Tensor, t: Tensor) -> Tensor:
-    """Gradient of ``t`` from that of :func:`magnitude_clamp`, in place."""
+    """Compute the gradient of :func:`magnitude_clamp` in place.
+
+    Args:
+        grad (Tensor): Gradient of the output, modified in place.
+        t (Tensor): Input of the clamp, of the same shape.
+
+    Returns:
+        Tensor: ``grad``, set to 0 where ``|t|`` is outside the bounds.
+    """
     magnitude = t.abs()
     return grad.mul_(
         (magnitude >= CLAMP_MIN).logical_and_(magnitude <= CLAMP_MAX)
@@ -24,7 +33,11 @@ def mask_clamp_grad(grad: Tensor, t: Tensor) -> Tensor:
 
 
 class _MagnitudeClamp(torch.autograd.Function):
-    """Keeps one byte an element for the backward pass, not four copies."""
+    """Autograd function of the clamp that only saves a boolean mask.
+
+    It saves one byte per element for the backward pass, instead of the four
+    intermediate tensors that autograd would save.
+    """
 
     @staticmethod
     def forward(ctx, t: Tensor) -> Tensor:
@@ -41,19 +54,20 @@ class _MagnitudeClamp(torch.autograd.Function):
 
 
 def magnitude_clamp(t: Tensor, inplace: bool = False) -> Tensor:
-    """``sign(t) * clip(|t|, 1e-4, 1e4)``, and 0 where ``t`` is 0.
+    """Clamp the magnitude of each element to [1e-4, 1e4].
 
-    Its gradient is 1 where ``1e-4 <= |t| <= 1e4`` and 0 elsewhere. The
-    bounds are those of the official code (see :mod:`mmvvt.ops.reference` for
-    the same in plain operations).
+    Computes ``sign(t) * clip(|t|, 1e-4, 1e4)``, which is 0 where ``t`` is 0.
+    The gradient is 1 where ``1e-4 <= |t| <= 1e4`` and 0 elsewhere. The bounds
+    are those of the official code. See :mod:`mmvvt.ops.reference` for the
+    reference implementation.
 
     Args:
-        t (Tensor): Any shape, any floating-point type.
-        inplace (bool): Overwrite ``t`` where autograd does not record.
-            Defaults to False.
+        t (Tensor): Floating-point tensor of any shape.
+        inplace (bool): Whether to modify ``t`` in place if no gradient is
+            recorded. Defaults to False.
 
     Returns:
-        Tensor: Shape and dtype of ``t``.
+        Tensor: Clamped tensor with the shape and dtype of ``t``.
     """
     if is_transformed():
         return t.sign() * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)

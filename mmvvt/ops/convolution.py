@@ -1,4 +1,4 @@
-"""Depthwise convolution over tokens with its activation, in one kernel."""
+"""Fused depthwise convolution and GELU on tokens."""
 
 from typing import Tuple
 
@@ -12,24 +12,26 @@ from .dispatch import check_backend, check_grid
 def dwconv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, spatial_shape: Tuple[int, int]
 ) -> Tensor:
-    """Depthwise 3x3 convolution with padding 1, bias, and exact GELU.
+    """Apply a depthwise 3x3 convolution followed by the exact GELU.
 
-    One fused Triton kernel for NVIDIA GPUs, forward and backward.
+    The convolution has padding 1 and a bias. The forward and backward passes
+    are fused Triton kernels for NVIDIA GPUs.
 
     Args:
-        x (Tensor): ``(B, N, C)``, tokens in row-major order; float32,
-            bfloat16 or float16.
-        weight (Tensor): ``(C, 1, 3, 3)``, of one of these types.
-        bias (Tensor): ``(C, )``, of one of these types.
-        spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
+        x (Tensor): Tokens of shape ``(B, N, C)`` in row-major order, in
+            float32, bfloat16 or float16.
+        weight (Tensor): Weight of shape ``(C, 1, 3, 3)``, in one of these
+            dtypes.
+        bias (Tensor): Bias of shape ``(C, )``, in one of these dtypes.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)`` with h * w = N.
 
     Returns:
-        Tensor: ``(B, N, C)`` in the dtype of ``x``, or in that of autocast
-        where it is on.
+        Tensor: Output of shape ``(B, N, C)``, in the autocast dtype if
+        autocast is enabled, and in the dtype of ``x`` otherwise.
 
     Raises:
-        UserError: If shapes do not fit.
-        BackendError: If the kernel cannot run, with the reason.
+        UserError: If the shapes do not match.
+        BackendError: If the Triton kernel cannot run with these arguments.
     """
     if x.dim() != 3:
         raise UserError(f'x must be (B, N, C), got shape {tuple(x.shape)}')

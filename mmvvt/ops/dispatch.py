@@ -1,4 +1,4 @@
-"""The backends: which there are, and which one can run."""
+"""Available backends and their requirements."""
 
 import importlib.util
 import os
@@ -18,15 +18,23 @@ if DEFAULT_BACKEND not in BACKENDS:
         f'{BACKENDS}, got {DEFAULT_BACKEND!r}'
     )
 
-# Looked for, not imported: that takes a second.
+# Importing Triton takes about a second, so only its presence is checked.
 HAS_TRITON = importlib.util.find_spec('triton') is not None
-# Triton reads the variable when it is imported.
+# Triton reads this variable once, when it is imported.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _triton_obstacle(tensors: Dict[str, Tensor]) -> Optional[str]:
-    """Why no Triton kernel can take these tensors; None if one can."""
+    """Check whether the Triton kernels support these tensors.
+
+    Args:
+        tensors (dict[str, Tensor]): Tensors by name.
+
+    Returns:
+        str or None: The reason why the Triton kernels cannot run, or None if
+        they can.
+    """
     if not HAS_TRITON:
         return 'Triton is not installed'
     if torch.version.hip:
@@ -57,26 +65,25 @@ def check_backend(
     tensors: Optional[Dict[str, Tensor]] = None,
     obstacle: Optional[str] = None,
 ) -> str:
-    """Name of the backend that will run.
+    """Resolve a backend name and check that the backend can run.
 
     Args:
-        backend (str): One of :data:`BACKENDS`. 'auto' stands for the
-            environment variable ``MMVVT_BACKEND`` where that is set, and for
-            'torch' otherwise. It does not take 'triton' by itself: those
-            kernels have been proven in Triton's interpreter and compiled for
-            GPUs, but not timed on one yet.
-        tensors (dict[str, Tensor], optional): The tensors it is to run on,
-            by name. Defaults to None, not known yet: 'triton' only has to be
-            installed then.
-        obstacle (str, optional): Why the Triton kernel cannot take these
-            arguments, if the operation knows a reason. Defaults to None.
+        backend (str): One of :data:`BACKENDS`. 'auto' uses the environment
+            variable ``MMVVT_BACKEND`` if it is set, and 'torch' otherwise. It
+            never selects 'triton' on its own: the Triton kernels have been
+            tested in Triton's interpreter and compiled for GPUs, but have not
+            been benchmarked on a GPU yet.
+        tensors (dict[str, Tensor], optional): Input tensors by name. If None,
+            'triton' is only checked for being installed. Defaults to None.
+        obstacle (str, optional): Operator-specific reason why the Triton
+            kernel cannot run with these arguments. Defaults to None.
 
     Returns:
         str: 'reference', 'torch' or 'triton'.
 
     Raises:
-        UserError: If there is no such backend.
-        BackendError: If it cannot run, with the reason.
+        UserError: If the backend name is unknown.
+        BackendError: If the backend cannot run. The message gives the reason.
     """
     if backend not in BACKENDS:
         raise UserError(f'backend must be one of {BACKENDS}, got {backend!r}')
@@ -98,7 +105,20 @@ def check_backend(
 def check_grid(
     name: str, shape: Tuple[int, int], tokens: int, tensor_name: str
 ) -> Tuple[int, int]:
-    """Raise a UserError unless the grid ``(h, w)`` has that many tokens."""
+    """Check that a grid matches the number of tokens of a tensor.
+
+    Args:
+        name (str): Argument name of the grid, for the error message.
+        shape (tuple[int, int]): Grid ``(h, w)``.
+        tokens (int): Number of tokens of the tensor.
+        tensor_name (str): Name of the tensor, for the error message.
+
+    Returns:
+        tuple[int, int]: The grid ``(h, w)``.
+
+    Raises:
+        UserError: If the grid is invalid or h * w is not ``tokens``.
+    """
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 1:
         raise UserError(
             f'{name} must be (h, w), both at least 1, got {tuple(shape)}'

@@ -1,13 +1,15 @@
-"""The ``torch`` backend: linear vicinity attention in stock operations.
+"""The 'torch' backend: linear vicinity attention in PyTorch operations.
 
-Two maps make it, and their gradients are the same two maps again:
+The forward pass consists of two linear maps. The backward pass is computed
+with the same two maps:
 
-- :func:`sum_tokens` sums the products ``k_r^T v_r`` of all tokens, once for
+- :func:`sum_tokens` sums the products ``k_r^T v_r`` over all tokens, once for
   each factor of the vicinity weight;
-- :func:`spread_sums` multiplies each token with those sums.
+- :func:`spread_sums` multiplies each token by these sums.
 
-The backward pass keeps q, k, v and the sums, and computes the rest again: at
-high resolution fetching it would take as long, and its memory is wanted.
+Only q, k, v and the sums are saved for the backward pass. The other
+activations are recomputed: at high resolution this is as fast as loading
+saved activations, and it saves memory.
 """
 
 from typing import Optional, Sequence, Tuple
@@ -22,17 +24,18 @@ from .clamp import CLAMP_MAX, CLAMP_MIN, magnitude_clamp, mask_clamp_grad
 
 Shape = Tuple[int, int]
 
-# Tokens up to which the sum form takes one wide product, too: measured, see
-# docs/speed.md.
+# Maximum number of tokens for which locality 'sum' uses a single matrix
+# product of wide features. See docs/speed.md for the measurements.
 WIDE_TOKENS = 144
 
 
 def _is_separable(shape: Shape, locality: str) -> bool:
-    """Whether to sum by rows and columns.
+    """Check whether to sum separately over rows and columns.
 
-    On a small grid the products take less time than starting them does, and
-    one wide product is the shorter way. Compilers would tie their graph to
-    the grid by looking at its size.
+    On small grids, the launch overhead of an operation exceeds its
+    computation time, so a single product of wide features is faster. The grid
+    size is not inspected while compiling or tracing, because this would
+    specialise the graph to the grid.
     """
     return locality == 'sum' and (
         is_transformed() or shape[0] * shape[1] > WIDE_TOKENS
@@ -40,36 +43,48 @@ def _is_separable(shape: Shape, locality: str) -> bool:
 
 
 def _features(t: Tensor, shape: Shape, locality: str) -> Tensor:
-    """``(B, heads, N, d)`` to ``(B, heads, N, n * d)``."""
+    """Multiply tokens by their n factors.
+
+    Args:
+        t (Tensor): Queries or keys of shape ``(B, heads, N, d)``.
+        shape (tuple[int, int]): Grid ``(h, w)`` with h * w = N.
+        locality (str): 'sum', 'product', '1d' or 'none'.
+
+    Returns:
+        Tensor: Features of shape ``(B, heads, N, n * d)``.
+    """
     if locality == 'none':
         return t
     factors = token_factors(shape, locality, t.dtype, t.device)  # (N, n)
     # (B, heads, N, 1, d) * (N, n, 1) -> (B, heads, N, n, d)
+    # -> (B, heads, N, n * d)
     return (t.unsqueeze(-2) * factors.unsqueeze(-1)).flatten(-2)
 
 
 def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
-    """``sum_r factor_r * k_r^T v_r`` for each factor of the vicinity weight.
+    """Compute ``sum_r factor_r * k_r^T v_r`` for each vicinity factor.
 
-    The factors of the sum form are cosine and sine of the row's angle, and
-    of the column's. So the products are summed over each row and over each
-    column (two products instead of four), and the ``h + w`` small matrices
-    then combined. Other forms, and small grids, take one product of keys that
-    are n times as wide.
+    With locality 'sum', the factors are the cosine and sine of the row angle
+    and of the column angle. The products ``k_r^T v_r`` are therefore summed
+    over each row and over each column (two products instead of four), and the
+    resulting ``h + w`` matrices are then multiplied by the factors. The other
+    localities and small grids use a single product with keys of n * d
+    channels.
 
     Args:
-        k (Tensor): ``(B, heads, h * w, d)``.
-        v (Tensor): ``(B, heads, h * w, e)``.
+        k (Tensor): Keys of shape ``(B, heads, h * w, d)``.
+        v (Tensor): Values of shape ``(B, heads, h * w, e)``.
         shape (tuple[int, int]): Grid ``(h, w)``.
         locality (str): 'sum', 'product', '1d' or 'none'.
 
     Returns:
-        Tensor: ``(B, heads, n, d, e)``; n is 4 for 'sum' and 'product', 2 for
-        '1d', 1 for 'none'.
+        Tensor: Sums of shape ``(B, heads, n, d, e)``, where n is 4 for 'sum'
+        and 'product', 2 for '1d' and 1 for 'none'.
     """
     if not _is_separable(shape, locality):
-        # (B, heads, n * d, e) -> (B, heads, n, d, e)
+        # (B, heads, n * d, N) @ (B, heads, N, e) -> (B, heads, n * d, e)
         sums = _features(k, shape, locality).transpose(-2, -1) @ v
+        # (B, heads, n * d, e) -> (B, heads, n, d, e)
         return sums.unflatten(-2, (-1, k.shape[-1]))
     to_rows, to_cols = axis_factors(shape, k.dtype, k.device)
     k = k.unflatten(-2, shape)  # (B, heads, h, w, d)
@@ -77,7 +92,9 @@ def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
     per_row = k.transpose(-2, -1) @ v  # (B, heads, h, d, e)
     k, v = k.transpose(-3, -2), v.transpose(-3, -2)  # (B, heads, w, h, .)
     per_col = k.transpose(-2, -1) @ v  # (B, heads, w, d, e)
-    # (2, h) @ (B, heads, h, d * e) -> (B, heads, 2, d * e), columns likewise
+    # Rows: (2, h) @ (B, heads, h, d * e) -> (B, heads, 2, d * e)
+    # Columns: (2, w) @ (B, heads, w, d * e) -> (B, heads, 2, d * e)
+    # Concatenated: (B, heads, 4, d * e)
     sums = torch.cat(
         [to_rows @ per_row.flatten(-2), to_cols @ per_col.flatten(-2)], dim=-2
     )
@@ -87,27 +104,32 @@ def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
 def spread_sums(
     q: Tensor, sums: Tensor, shape: Shape, locality: str
 ) -> Tensor:
-    """``sum_n factor_pn * q_p sums_n`` for each token p.
+    """Compute ``sum_n factor_pn * q_p sums_n`` for each token p.
 
-    In the sum form each row has a matrix, and each column; other forms, and
-    small grids, as there.
+    With locality 'sum', the sums are first combined into one matrix per row
+    and one matrix per column. The other localities and small grids use a
+    single product with queries of n * d channels.
 
     Args:
-        q (Tensor): ``(B, heads, h * w, d)``.
-        sums (Tensor): ``(B, heads, n, d, e)``.
+        q (Tensor): Queries of shape ``(B, heads, h * w, d)``.
+        sums (Tensor): Sums of shape ``(B, heads, n, d, e)``, as returned by
+            :func:`sum_tokens`.
         shape (tuple[int, int]): Grid ``(h, w)``.
         locality (str): 'sum', 'product', '1d' or 'none'.
 
     Returns:
-        Tensor: ``(B, heads, h * w, e)``.
+        Tensor: Output of shape ``(B, heads, h * w, e)``.
     """
     if not _is_separable(shape, locality):
+        # (B, heads, N, n * d) @ (B, heads, n * d, e) -> (B, heads, N, e)
         return _features(q, shape, locality) @ sums.flatten(-3, -2)
     to_rows, to_cols = axis_factors(shape, q.dtype, q.device)
-    # (B, heads, 4, d, e) -> twice (B, heads, 2, d * e)
+    # (B, heads, 4, d, e) -> (B, heads, 4, d * e)
+    # -> two tensors of shape (B, heads, 2, d * e)
     row_sums, col_sums = sums.flatten(-2).chunk(2, dim=-2)
     matrix = sums.shape[-2:]
-    # (h, 2) @ (B, heads, 2, d * e) -> (B, heads, h, d, e), columns likewise
+    # Rows: (h, 2) @ (B, heads, 2, d * e) -> (B, heads, h, d, e)
+    # Columns: (w, 2) @ (B, heads, 2, d * e) -> (B, heads, w, d, e)
     of_rows = (to_rows.t() @ row_sums).unflatten(-1, matrix)
     of_cols = (to_cols.t() @ col_sums).unflatten(-1, matrix)
     q = q.unflatten(-2, shape)  # (B, heads, h, w, d)
@@ -117,24 +139,35 @@ def spread_sums(
 
 
 def clamp_sums(sums: Tensor, clamp: bool) -> Tensor:
-    """Clamp all but the last column, which holds the sums of keys."""
+    """Clamp the key-value sums.
+
+    Args:
+        sums (Tensor): Sums of shape ``(..., d + 1)``. The last column holds
+            the sums of keys and is not clamped.
+        clamp (bool): Whether to apply the clamp.
+
+    Returns:
+        Tensor: Tensor of the same shape. If ``clamp`` is False, ``sums``.
+    """
     if not clamp:
         return sums
     return torch.cat([magnitude_clamp(sums[..., :-1]), sums[..., -1:]], dim=-1)
 
 
 def divide(products: Tensor, clamp: bool, eps: float) -> Tensor:
-    """Numerator over denominator.
+    """Divide the numerator by the sum of weights.
 
     Args:
-        products (Tensor): ``(..., d + 1)``: the numerator, and in the last
-            column the sum of weights. Overwritten where autograd does not
-            record.
-        clamp (bool): Clamp the numerator, the normaliser and the result.
-        eps (float): Added to the sum of weights.
+        products (Tensor): Tensor of shape ``(..., d + 1)`` with the numerator
+            in the first d columns and the sum of weights in the last column.
+            If ``clamp`` is True, it may be modified in place when no gradient
+            is recorded.
+        clamp (bool): Whether to clamp the numerator, the normaliser and the
+            result.
+        eps (float): Value added to the sum of weights.
 
     Returns:
-        Tensor: ``(..., d)``.
+        Tensor: Quotient of shape ``(..., d)``.
     """
     numerator = products[..., :-1]
     normaliser = (products[..., -1:] + eps).reciprocal()
@@ -149,17 +182,19 @@ def divide(products: Tensor, clamp: bool, eps: float) -> Tensor:
 def divide_backward(
     grad: Tensor, products: Tensor, clamp: bool, eps: float
 ) -> Tuple[Tensor, Tensor]:
-    """Gradient of the products of :func:`divide`, and its result again.
+    """Compute the gradient of :func:`divide` and recompute its result.
 
     Args:
-        grad (Tensor): ``(..., d)``, overwritten.
-        products (Tensor): ``(..., d + 1)``.
-        clamp (bool): As there.
-        eps (float): As there.
+        grad (Tensor): Gradient of the quotient, of shape ``(..., d)``,
+            modified in place.
+        products (Tensor): Input of :func:`divide`, of shape ``(..., d + 1)``.
+        clamp (bool): Whether :func:`divide` applied the clamps.
+        eps (float): Value added to the sum of weights.
 
     Returns:
-        tuple[Tensor, Tensor]: ``(..., d + 1)``, and ``(..., d)`` before the
-        last clamp.
+        tuple[Tensor, Tensor]: Gradient of ``products``, of shape
+        ``(..., d + 1)``, and the quotient before the last clamp, of shape
+        ``(..., d)``.
     """
     numerator = products[..., :-1]
     normaliser = (products[..., -1:] + eps).reciprocal()
@@ -169,7 +204,8 @@ def divide_backward(
         grad.mul_(normaliser)
     else:
         top = magnitude_clamp(numerator)
-        # No weight is negative, so neither is their sum.
+        # No weight is negative, so the sum of weights is not negative and the
+        # sign of the normaliser does not need to be restored.
         factor = normaliser.clamp(CLAMP_MIN, CLAMP_MAX)
         out = top * factor
         mask_clamp_grad(grad, out)
@@ -182,10 +218,12 @@ def divide_backward(
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, ...]:
-    """Queries and keys after the ReLU, and values with a column of ones.
+    """Apply the ReLU to q and k, and append a column of ones to v.
 
-    The column, ``(B, heads, M, d)`` to ``(B, heads, M, d + 1)``, makes the
-    same products give the sum of keys, and so the denominator.
+    The column of ones extends v from ``(B, heads, M, d)`` to
+    ``(B, heads, M, d + 1)``. The products with v then also contain the sum of
+    keys, which gives the denominator. All tensors are converted to float32 or
+    higher precision.
     """
     accumulate = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.to(accumulate) for t in (q, k, v))
@@ -202,7 +240,14 @@ def _forward(
     clamp: bool,
     eps: float,
 ) -> Tuple[Tensor, Tensor]:
-    """The output, and the sums before their clamp."""
+    """Compute the output and the key-value sums before the clamp.
+
+    The arguments are those of :func:`linear_attention`.
+
+    Returns:
+        tuple[Tensor, Tensor]: Output of shape ``(B, heads, N, d)`` and sums
+        of shape ``(B, heads, n, d, d + 1)``.
+    """
     dtype = q.dtype
     q, k, v = _prepare(q, k, v)
     sums = sum_tokens(k, v, key_shape, locality)
@@ -220,14 +265,31 @@ def _grads(
     clamp: bool,
     eps: float,
 ) -> Tuple[Tensor, ...]:
-    """Gradients of q, k and v."""
+    """Compute the gradients of q, k and v.
+
+    Args:
+        grad (Tensor): Gradient of the output, ``(B, heads, N, d)``.
+        inputs (Sequence[Tensor]): The tensors q, k and v before the ReLU.
+        sums (Tensor): Key-value sums before the clamp, as returned by
+            :func:`_forward`.
+        query_shape (tuple[int, int]): Query grid ``(h, w)``.
+        key_shape (tuple[int, int]): Key grid ``(h, w)``.
+        locality (str): 'sum', 'product', '1d' or 'none'.
+        clamp (bool): Whether the clamps were applied.
+        eps (float): Value added to the sum of weights.
+
+    Returns:
+        tuple[Tensor, ...]: Gradients with the shapes and dtypes of
+        ``inputs``.
+    """
     q, k, v = _prepare(*inputs)
     clamped = clamp_sums(sums, clamp)
     products = spread_sums(q, clamped, query_shape, locality)
-    # A copy, as it is overwritten and not ours.
+    # divide_backward modifies the gradient in place, so it is copied first.
     products_grad, _ = divide_backward(
         grad.to(q.dtype, copy=True), products, clamp, eps
     )
+    # Transpose the sums: (B, heads, n, d, d + 1) -> (B, heads, n, d + 1, d)
     q_grad = spread_sums(
         products_grad, clamped.transpose(-2, -1), query_shape, locality
     ).mul_(q > 0)
@@ -246,7 +308,17 @@ def _grads(
 def _differentiable_grads(
     grad: Tensor, inputs: Sequence[Tensor], settings: tuple
 ) -> Tuple[Optional[Tensor], ...]:
-    """The same by autograd, for gradients of gradients."""
+    """Compute the gradients with autograd to support double backward.
+
+    Args:
+        grad (Tensor): Gradient of the output, ``(B, heads, N, d)``.
+        inputs (Sequence[Tensor]): The tensors q, k and v before the ReLU.
+        settings (tuple): The other arguments of :func:`_forward`.
+
+    Returns:
+        tuple[Tensor or None, ...]: Gradients of q, k and v. None for tensors
+        that do not require a gradient.
+    """
     wanted = [t for t in inputs if t.requires_grad]
     grads = iter(
         torch.autograd.grad(
@@ -257,6 +329,8 @@ def _differentiable_grads(
 
 
 class _LinearAttention(torch.autograd.Function):
+    """Linear attention that recomputes activations in the backward pass."""
+
     @staticmethod
     def forward(ctx, q, k, v, *settings):
         out, sums = _forward(q, k, v, *settings)
@@ -266,9 +340,11 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Once: checkpointing hands them out no second time.
+        # Access saved_tensors only once: under activation checkpointing, a
+        # second access fails.
         *inputs, sums = ctx.saved_tensors
-        # Called inside autocast, it must not reach the sums here either.
+        # The backward pass may be called inside an autocast context. Disable
+        # autocast, so that the sums are not accumulated in lower precision.
         with torch.autocast(grad.device.type, enabled=False):
             if torch.is_grad_enabled():
                 grads = _differentiable_grads(grad, inputs, ctx.settings)
@@ -287,20 +363,20 @@ def linear_attention(
     clamp: bool,
     eps: float,
 ) -> Tensor:
-    """Linear vicinity attention, computed in float32 at least.
+    """Linear vicinity attention, computed in float32 or higher precision.
 
     Args:
-        q (Tensor): ``(B, heads, N, d)`` before the ReLU.
-        k (Tensor): ``(B, heads, M, d)`` before the ReLU.
-        v (Tensor): ``(B, heads, M, d)``.
-        query_shape (tuple[int, int]): Query grid, N = h * w.
-        key_shape (tuple[int, int]): Key grid, M = h * w.
+        q (Tensor): Queries of shape ``(B, heads, N, d)``, before the ReLU.
+        k (Tensor): Keys of shape ``(B, heads, M, d)``, before the ReLU.
+        v (Tensor): Values of shape ``(B, heads, M, d)``.
+        query_shape (tuple[int, int]): Query grid ``(h, w)`` with h * w = N.
+        key_shape (tuple[int, int]): Key grid ``(h, w)`` with h * w = M.
         locality (str): 'sum', 'product', '1d' or 'none'.
-        clamp (bool): Apply the clamps of the published models.
-        eps (float): Added to the sum of weights.
+        clamp (bool): Whether to apply the clamps of the published models.
+        eps (float): Value added to the sum of weights.
 
     Returns:
-        Tensor: ``(B, heads, N, d)`` in the dtype of ``q``.
+        Tensor: Output of shape ``(B, heads, N, d)`` in the dtype of ``q``.
     """
     arguments = (q, k, v, query_shape, key_shape, locality, clamp, eps)
     if needs_custom_backward(q, k, v):

@@ -1,10 +1,12 @@
-"""Vicinity attention written to be read: what every fast path is held to.
+"""Reference implementation of vicinity attention.
 
-:func:`quadratic_attention` is the oracle. It follows the definition, token
-pair by token pair, and so needs ``N * M`` weights; it has no clamps.
-:func:`linear_attention` is the plain linear form with the clamps that the
-published checkpoints were trained with: features four times as wide, each
-clamp a pass of its own, tables made anew at each call.
+Every fast path is tested against this module.
+
+:func:`quadratic_attention` follows the definition. It computes the weights of
+all ``N * M`` pairs of tokens and has no clamps. :func:`linear_attention` is
+the linear form with the clamps that the published checkpoints were trained
+with. It is not optimised: it stores features of n * d channels, applies each
+clamp as a separate operation, and recomputes the tables in each call.
 """
 
 import math
@@ -19,11 +21,21 @@ Shape = Tuple[int, int]
 
 
 def _grid_angles(shape: Shape, like: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Row, column and sequence angle of each token, each ``(h * w,)``."""
+    """Compute the row, column and sequence angles of each token.
+
+    Args:
+        shape (tuple[int, int]): Grid ``(h, w)``.
+        like (Tensor): Tensor that provides the dtype and device.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Angles in radians, each of shape
+        ``(h * w,)``.
+    """
     h, w = shape
     index = torch.arange(h * w, device=like.device)
     row = torch.div(index, w, rounding_mode='floor')
-    # In float32 for every dtype, as the official code does it.
+    # The angles are computed in float32 for every dtype, as in the official
+    # code.
     angles = [
         math.pi / 2 * position.float() / length
         for position, length in ((row, h), (index % w, w), (index, h * w))
@@ -35,17 +47,19 @@ def _grid_angles(shape: Shape, like: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 def vicinity_weight(
     query_shape: Shape, key_shape: Shape, locality: str, like: Tensor
 ) -> Tensor:
-    """Preference of each query token for each key token by their distance.
+    """Compute the vicinity weight of each query token and key token.
 
     Args:
-        query_shape (tuple[int, int]): Query grid, N = h * w.
-        key_shape (tuple[int, int]): Key grid, M = h * w.
+        query_shape (tuple[int, int]): Query grid ``(h, w)`` with h * w = N.
+        key_shape (tuple[int, int]): Key grid ``(h, w)`` with h * w = M.
         locality (str): 'sum', 'product', '1d' or 'none'.
-        like (Tensor): Gives dtype and device.
+        like (Tensor): Tensor that provides the dtype and device.
 
     Returns:
-        Tensor: ``(N, M)``, from 0 to 2 for 'sum', from 0 to 1 else.
+        Tensor: Weights of shape ``(N, M)``, in [0, 2] for 'sum' and in [0, 1]
+        otherwise.
     """
+    # Query angles (N, 1) and key angles (1, M).
     a_q, b_q, c_q = (t[:, None] for t in _grid_angles(query_shape, like))
     a_k, b_k, c_k = (t[None, :] for t in _grid_angles(key_shape, like))
     if locality == 'sum':
@@ -66,38 +80,43 @@ def quadratic_attention(
     locality: str,
     eps: float,
 ) -> Tensor:
-    """The definition, without clamps.
+    """Vicinity attention by its quadratic definition, without clamps.
 
     Args:
-        q (Tensor): ``(B, heads, N, d)`` before the ReLU.
-        k (Tensor): ``(B, heads, M, d)`` before the ReLU.
-        v (Tensor): ``(B, heads, M, d)``.
-        query_shape (tuple[int, int]): Query grid, N = h * w.
-        key_shape (tuple[int, int]): Key grid, M = h * w.
+        q (Tensor): Queries of shape ``(B, heads, N, d)``, before the ReLU.
+        k (Tensor): Keys of shape ``(B, heads, M, d)``, before the ReLU.
+        v (Tensor): Values of shape ``(B, heads, M, d)``.
+        query_shape (tuple[int, int]): Query grid ``(h, w)`` with h * w = N.
+        key_shape (tuple[int, int]): Key grid ``(h, w)`` with h * w = M.
         locality (str): 'sum', 'product', '1d' or 'none'.
-        eps (float): Added to the sum of weights.
+        eps (float): Value added to the sum of weights.
 
     Returns:
-        Tensor: ``(B, heads, N, d)``.
+        Tensor: Output of shape ``(B, heads, N, d)``.
     """
-    weight = q.relu() @ k.relu().transpose(-2, -1)  # (B, heads, N, M)
+    # (B, heads, N, d) @ (B, heads, d, M) -> (B, heads, N, M)
+    weight = q.relu() @ k.relu().transpose(-2, -1)
     weight = weight * vicinity_weight(query_shape, key_shape, locality, q)
     return (weight @ v) / (weight.sum(dim=-1, keepdim=True) + eps)
 
 
 def vicinity_features(t: Tensor, shape: Shape, locality: str) -> Tensor:
-    """``F(t)`` with ``F(q_p) . F(k_r) = q_p . k_r * vicinity weight``.
+    """Compute the features ``F(t)`` of the linear form.
+
+    They satisfy ``F(q_p) . F(k_r) = q_p . k_r * vicinity_weight(p, r)``.
 
     Args:
-        t (Tensor): ``(B, heads, h * w, d)`` after the ReLU.
+        t (Tensor): Queries or keys of shape ``(B, heads, h * w, d)``, after
+            the ReLU.
         shape (tuple[int, int]): Grid ``(h, w)``.
         locality (str): 'sum', 'product', '1d' or 'none'.
 
     Returns:
-        Tensor: ``(B, heads, h * w, n * d)``; n is 4 for 'sum' and 'product',
-        2 for '1d', 1 for 'none'.
+        Tensor: Features of shape ``(B, heads, h * w, n * d)``, where n is 4
+        for 'sum' and 'product', 2 for '1d' and 1 for 'none'.
     """
-    a, b, c = (angle[:, None] for angle in _grid_angles(shape, t))  # (N, 1)
+    # (N,) -> (N, 1)
+    a, b, c = (angle[:, None] for angle in _grid_angles(shape, t))
     factors: List[Tensor]
     if locality == 'sum':
         factors = [a.cos(), a.sin(), b.cos(), b.sin()]
@@ -116,13 +135,13 @@ def vicinity_features(t: Tensor, shape: Shape, locality: str) -> Tensor:
 
 
 def magnitude_clamp(t: Tensor) -> Tensor:
-    """``sign(t) * clip(|t|, 1e-4, 1e4)``, one operation after the other.
+    """Clamp magnitudes: ``sign(t) * clip(|t|, 1e-4, 1e4)``.
 
     Args:
-        t (Tensor): Any shape.
+        t (Tensor): Floating-point tensor of any shape.
 
     Returns:
-        Tensor: Shape and dtype of ``t``.
+        Tensor: Clamped tensor with the shape and dtype of ``t``.
     """
     return t.sign() * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
 
@@ -136,15 +155,15 @@ def linear_attention(
     locality: str,
     eps: float,
 ) -> Tensor:
-    """The plain linear form, with the clamps of the published models.
+    """Linear form with the clamps of the published models.
 
-    Arguments and result are those of :func:`quadratic_attention`.
+    The arguments and the result are those of :func:`quadratic_attention`.
     """
     features_q = vicinity_features(q.relu(), query_shape, locality)
     features_k = vicinity_features(k.relu(), key_shape, locality)
     # (B, heads, n*d, M) @ (B, heads, M, d) -> (B, heads, n*d, d)
     kv = magnitude_clamp(features_k.transpose(-2, -1) @ v)
-    # (B, heads, n*d) -> (B, heads, n*d, 1): the sum of keys is not clamped
+    # (B, heads, n*d) -> (B, heads, n*d, 1). The sum of keys is not clamped.
     key_sum = features_k.sum(dim=-2).unsqueeze(-1)
     normaliser = magnitude_clamp(1 / (features_q @ key_sum + eps))
     numerator = magnitude_clamp(features_q @ kv)  # (B, heads, N, d)

@@ -1,4 +1,4 @@
-"""Checks before a run. Each raises :class:`mmvvt.errors.UserError`."""
+"""Checks before a run; they raise :class:`mmvvt.errors.UserError`."""
 
 from .config import INSTALL_HINTS, dataset_class, read_config
 from .data import check_data, check_label_maps

@@ -1,7 +1,8 @@
-"""A check of a COCO annotation file, before mmdet reads it.
+"""Validation of COCO annotation files before mmdet reads them.
 
-mmdet takes a file whose category names are not the classes in silence, and
-trains on what is left, or on nothing.
+If the category names of a file differ from the classes of the dataset, mmdet
+silently drops the other categories and trains on the remaining annotations,
+or on none.
 """
 
 import json
@@ -14,7 +15,7 @@ from mmengine.utils import is_abs
 
 from ..errors import AnnotationError
 
-# What mmdet reads of each entry
+# Keys that mmdet reads from each entry
 KEYS = dict(
     images=('id', 'file_name', 'height', 'width'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
@@ -24,14 +25,15 @@ REMEDY = 'name the classes with dataset.metainfo=dict(classes=(...))'
 
 
 def reads_coco(cls: Optional[type]) -> bool:
-    """Whether a data set class reads its files as mmdet's CocoDataset does.
+    """Whether a dataset class reads its files like mmdet's CocoDataset.
 
     Args:
-        cls (type, optional): The class.
+        cls (type, optional): Dataset class.
 
     Returns:
-        bool: False for classes that read another layout with methods of their
-        own, such as those of LVIS and of panoptic segmentation.
+        bool: False for None and for classes that override the methods that
+        read the file, such as the datasets for LVIS and panoptic
+        segmentation.
     """
     for base in getattr(cls, '__mro__', ()):
         if base.__name__ == 'CocoDataset':
@@ -48,7 +50,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _read(path: str, parts: Sequence[str]) -> Dict[str, List[dict]]:
-    """The lists of a COCO file, each entry with what mmdet reads of it."""
+    """Read a COCO file and check that it has the keys that mmdet reads."""
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
@@ -79,7 +81,7 @@ def _check_categories(
             f'{path} has no category {_some(missing)}, of {len(classes)} '
             f'classes; it has {_some(names) or "none"}; {REMEDY}'
         )
-    # mmdet numbers the classes in the order of the file's categories.
+    # mmdet numbers the classes in the order of the categories in the file.
     found = [name for name in names if name in classes]
     if found != list(classes):
         index = next(
@@ -95,7 +97,7 @@ def _check_categories(
 
 
 def _check_images(path: str, folder: str, names: Sequence[str]) -> None:
-    """Lists each folder once: quick on a network's disks, too."""
+    """Check that images exist; each folder is listed only once for speed."""
     wanted = defaultdict(list)
     for name in names:
         parent, base = os.path.split(os.path.join(folder, name))
@@ -117,19 +119,20 @@ def _check_images(path: str, folder: str, names: Sequence[str]) -> None:
 
 
 def check_coco_dataset(dataset: dict, cls: type, annotated: bool) -> None:
-    """Check a data set's annotation file and that its images are there.
+    """Check the annotation file of a dataset, and that its images exist.
 
     Args:
-        dataset (dict): Config of a data set of a class that
-            :func:`reads_coco`. Files behind a URL are passed over.
-        cls (type): That class.
-        annotated (bool): Whether the file must have annotations. Test images
-            that only get predictions have none.
+        dataset (dict): Config of a dataset for whose class :func:`reads_coco`
+            is true. Files with a URL are skipped.
+        cls (type): Class of the dataset.
+        annotated (bool): Whether the file must contain annotations. Test
+            images for which only predictions are computed have none.
 
     Raises:
-        AnnotationError: With one line that names the file and the fault: it is
-            not JSON or not COCO's, lacks a class's category, has the classes
-            in another order, or lists an image that does not exist.
+        AnnotationError: If the file is not JSON or not in COCO format, lacks
+            the category of a class, has the classes in a different order, or
+            lists an image that does not exist. The message is one line that
+            names the file and the problem.
     """
     root = dataset.get('data_root') or ''
     path = dataset.get('ann_file')

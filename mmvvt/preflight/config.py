@@ -1,4 +1,4 @@
-"""Reading configs, and looking things up in them."""
+"""Reading of configs and of the datasets in them."""
 
 import copy
 import os
@@ -20,18 +20,19 @@ INSTALL_HINTS = {
 def read_config(
     config: Union[str, Config], options: Optional[dict] = None
 ) -> Config:
-    """Read a config, and make its code base's registries the current ones.
+    """Read a config and initialise its default scope.
 
     Args:
-        config (str | Config): Config file, or a config that was read before.
-        options (dict, optional): Settings to override. Defaults to None.
+        config (str | Config): Path of a config file, or a config.
+        options (dict, optional): Settings that override those of the config.
+            Defaults to None.
 
     Returns:
-        Config: The config; a copy, where one was given.
+        Config: The config. If a config was given, a copy of it.
 
     Raises:
-        UserError: If the file does not exist, or needs a package that is not
-            installed.
+        UserError: If the file does not exist or requires a package that is
+            not installed.
     """
     if isinstance(config, Config):
         path, cfg = config.filename, copy.deepcopy(config)
@@ -57,7 +58,7 @@ def read_config(
 
 
 def innermost_datasets(dataset: dict) -> Iterator[dict]:
-    """A data set's config, or those inside its wrappers."""
+    """Iterate over the dataset configs inside dataset wrappers."""
     inner: List[dict] = list(dataset.get('datasets', []))
     if isinstance(dataset.get('dataset'), dict):
         inner.append(dataset['dataset'])
@@ -68,13 +69,13 @@ def innermost_datasets(dataset: dict) -> Iterator[dict]:
 
 
 def dataset_class(dataset: dict) -> Optional[type]:
-    """Class of a data set's config, looked up in the current scope.
+    """Return the class of a dataset config, found in the current scope.
 
     Args:
-        dataset (dict): With ``type``, a name or a class.
+        dataset (dict): Dataset config; ``type`` is a name or a class.
 
     Returns:
-        type | None: None if there is no such name.
+        type | None: The class, or None if the name is not registered.
     """
     if not isinstance(dataset['type'], str):
         return dataset['type']

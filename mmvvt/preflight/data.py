@@ -1,4 +1,4 @@
-"""Checks of the files that a config's data sets read."""
+"""Checks of the files that the datasets of a config read."""
 
 import inspect
 import os
@@ -13,17 +13,17 @@ from .config import dataset_class, innermost_datasets
 
 
 def _fetches_itself(dataset: dict) -> bool:
-    """Whether the class makes or downloads its files where absent."""
+    """Whether the dataset creates or downloads its files if missing."""
     cls = dataset_class(dataset)
     if cls is None:
-        return False  # the runner will say that there is none
+        return False  # The runner will report the unknown class.
     parameter = inspect.signature(cls.__init__).parameters.get('download')
     return parameter is not None and dataset.get('download', parameter.default)
 
 
 def _check_folder(path: str, where: str) -> None:
     if '://' in path:
-        return  # in a store that the runner will ask
+        return  # Remote storage is not checked.
     if not os.path.isdir(path):
         raise UserError(f'{where}: the data folder does not exist: {path}')
     if not any(os.scandir(path)):
@@ -36,15 +36,20 @@ def _check_annotations(path: str, where: str) -> None:
 
 
 def check_data(cfg: Config, loaders: List[str]) -> None:
-    """Stop with one line where a data set's files are not there.
+    """Check that the files of all datasets exist.
 
-    Of a COCO data set, that also means a file in another format, with other
-    categories than the classes, or with images that are not there.
+    The annotation files of COCO datasets must also be in COCO format and have
+    the categories of the classes, and the images that they list must exist.
 
     Args:
-        cfg (Config): The whole config.
+        cfg (Config): The complete config.
         loaders (list[str]): Names of the data loaders that will be used.
-            Data sets that fetch themselves are passed over.
+            Datasets that create or download their files are skipped.
+
+    Raises:
+        UserError: If a file or folder is missing, or a folder is empty. The
+            message is one line.
+        AnnotationError: If a COCO annotation file is invalid.
     """
     for loader in loaders:
         if cfg.get(loader) is None:
@@ -80,7 +85,8 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
                     )
                 except AnnotationError as error:
                     raise AnnotationError(f'{where}: {error}') from error
-        # The metric's own file; a data set that fetches itself may write it.
+        # Annotation file of the metric. It may not exist yet if the dataset
+        # creates its own files.
         annotations = evaluator.get('ann_file')
         if datasets and isinstance(annotations, str):
             where = f'{loader.replace("dataloader", "evaluator")} '
@@ -90,17 +96,22 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
 
 
 def check_label_maps(cfg: Config, loaders: List[str]) -> None:
-    """Stop with one line where an image of a segmentor's data has no labels.
+    """Check that each image of a segmentation dataset has a label map.
 
-    mmseg would find out when it comes to that image, hours later perhaps.
+    Without this check, mmseg fails only when it loads the image, possibly
+    hours after the start of the run.
 
     Args:
-        cfg (Config): The whole config; others than mmseg's are passed over.
+        cfg (Config): The complete config; configs with a default scope other
+            than mmseg are skipped.
         loaders (list[str]): Names of the data loaders that will be used.
+
+    Raises:
+        UserError: If a label map is missing. The message is one line.
     """
     if cfg.get('default_scope') != 'mmseg':
         return
-    listed: Dict[str, Set[str]] = {}  # names by folder: one look at each
+    listed: Dict[str, Set[str]] = {}  # File names by folder, each read once
     for loader in loaders:
         if cfg.get(loader) is None:
             continue

@@ -1,4 +1,4 @@
-"""Checks of pretrained weights and of checkpoints against a model."""
+"""Checks of pretrained weights and checkpoints against a model."""
 
 import os
 from typing import Dict, Iterator
@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 
 
 def _pretrained(node, where: str = 'model') -> Iterator[tuple]:
-    """Each ``init_cfg`` of type 'Pretrained' below a node, and its place."""
+    """Find each ``init_cfg`` of type 'Pretrained', and its path."""
     if isinstance(node, dict):
         if node.get('type') == 'Pretrained' and 'checkpoint' in node:
             yield where, node
@@ -24,10 +24,13 @@ def _pretrained(node, where: str = 'model') -> Iterator[tuple]:
 
 
 def check_pretrained_files(cfg: Config) -> None:
-    """Stop with one line where a file that ``init_cfg`` names is not there.
+    """Check that the pretrained checkpoints of all ``init_cfg`` exist.
 
     Args:
-        cfg (Config): The whole config.
+        cfg (Config): The complete config. Checkpoints with a URL are skipped.
+
+    Raises:
+        CheckpointError: If a file is missing. The message is one line.
     """
     for where, init_cfg in _pretrained(cfg.model):
         path = init_cfg['checkpoint']
@@ -40,7 +43,7 @@ def check_pretrained_files(cfg: Config) -> None:
 
 
 def _read_state(path: str, prefix: str) -> Dict[str, Tensor]:
-    """Tensors of a checkpoint file below a prefix, without the prefix."""
+    """Read the tensors whose keys have a prefix, and remove the prefix."""
     checkpoint = load_checkpoint_file(path)
     state = checkpoint.get('state_dict', checkpoint)
     return {
@@ -51,9 +54,9 @@ def _read_state(path: str, prefix: str) -> Dict[str, Tensor]:
 
 
 def _check_fit(module: nn.Module, path: str, prefix: str, what: str) -> None:
-    """Stop with one line where a module's weights are not in a file."""
+    """Raise CheckpointError if a file does not have a module's weights."""
     if '://' in path or not READS_RUNNER_CHECKPOINTS:
-        return  # the runner will fetch it, or can alone read it
+        return  # Only the runner can read these checkpoints.
     state = _read_state(path, prefix)
     wanted = {
         key: tensor.shape
@@ -83,20 +86,25 @@ def _check_fit(module: nn.Module, path: str, prefix: str, what: str) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers for processes and test-time augmentation."""
+    """Return the model inside distributed and test-time wrappers."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
 
 
 def check_pretrained_backbone(cfg: Config, model: nn.Module) -> None:
-    """Stop with one line where the pretrained backbone is another one.
+    """Check that the pretrained weights fit the backbone of the model.
 
-    mmengine would load what fits, print the rest, and train on.
+    Without this check, mmengine loads the matching tensors, prints a warning
+    for the others and continues training.
 
     Args:
-        cfg (Config): The whole config.
-        model (nn.Module): The model that was built from it.
+        cfg (Config): The complete config. Checkpoints with a URL are skipped.
+        model (nn.Module): Model built from the config.
+
+    Raises:
+        CheckpointError: If tensors are missing in the checkpoint or have a
+            different shape. The message is one line.
     """
     init_cfg = cfg.model.get('backbone', {}).get('init_cfg')
     if not isinstance(init_cfg, dict) or init_cfg.get('type') != 'Pretrained':
@@ -111,12 +119,17 @@ def check_pretrained_backbone(cfg: Config, model: nn.Module) -> None:
 
 
 def check_checkpoint(path: str, model: nn.Module) -> None:
-    """Stop with one line where a checkpoint to test is of another model.
+    """Check that a checkpoint fits a model before testing.
 
-    mmengine would load what fits, print the rest, and test the mixture.
+    Without this check, mmengine loads the matching tensors, prints a warning
+    for the others and tests a partly random model.
 
     Args:
-        path (str): Checkpoint file; one behind a URL is passed over.
-        model (nn.Module): The model that is to be tested.
+        path (str): Checkpoint file; URLs are skipped.
+        model (nn.Module): Model to be tested.
+
+    Raises:
+        CheckpointError: If tensors are missing in the checkpoint or have a
+            different shape. The message is one line.
     """
     _check_fit(_unwrap(model), path, '', f'the checkpoint {path}')

@@ -1,4 +1,4 @@
-"""Every picture: one function for each kind of drawing."""
+"""Visualization of training runs, predictions and benchmarks."""
 
 from .curves import plot_curves
 from .predictions import draw_classification, draw_detection, draw_segmentation

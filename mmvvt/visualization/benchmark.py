@@ -1,4 +1,4 @@
-"""The picture of a benchmark: speed and memory over the image's size."""
+"""Plot of a benchmark: speed and memory against the image size."""
 
 from typing import List
 
@@ -11,14 +11,16 @@ TITLES = dict(forward='forward pass', train_step='training step')
 
 
 def plot_benchmark(rows: List[Row], path: str) -> None:
-    """Draw megapixels per second, and peak memory where it was measured.
+    """Plot megapixels per second, and peak memory where it was measured.
 
-    A line for each model and engine, with the 20th to 80th percentile; the
-    VVTs are drawn thicker, the plain formula dashed, compiled models dotted.
+    Each model and engine is one line, with a bar from the 20th to the 80th
+    percentile. VVT models are drawn with thicker lines, the reference
+    implementation with dashed lines and compiled models with dotted lines.
 
     Args:
-        rows (list[Row]): From :func:`mmvvt.analysis.benchmark.read_csv`.
-        path (str): PNG or SVG to write.
+        rows (list[Row]): Rows returned by
+            :func:`mmvvt.analysis.benchmark.read_csv`.
+        path (str): Path of the PNG or SVG file to write.
     """
     modes = [mode for mode in TITLES if any(r.mode == mode for r in rows)]
     panels = [(mode, 'speed') for mode in modes]
@@ -29,7 +31,7 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
     ]
     series = list(dict.fromkeys((r.model, r.engine) for r in rows))
     models = list(dict.fromkeys(r.model for r in rows))
-    # The plain formula has the colour of its VVT.
+    # The reference implementation has the same colour as its VVT.
     base = list(dict.fromkeys(m.removesuffix('-plain') for m in models))
     columns = 2 if len(panels) > 1 else 1
     lines = -(-len(panels) // columns)

@@ -1,4 +1,4 @@
-"""The curves of a training run, from what the runner logged."""
+"""Training curves, read from the logs of the runner."""
 
 import json
 from itertools import takewhile
@@ -13,19 +13,20 @@ Curve = Tuple[List[int], List[float]]
 
 
 def read_scalars(work_dir: str) -> List[dict]:
-    """Records of the newest training run in a work folder, in order.
+    """Read the records of the latest training run in a work directory.
 
     Args:
-        work_dir (str): Work folder of ``tools/train.py``. A run that was
-            resumed has several log folders: a later one replaces what an
-            earlier one logged from the same iteration on.
+        work_dir (str): Work directory of ``tools/train.py``. A resumed run
+            has several log directories. The records of a later log replace
+            those of earlier logs, starting at its first iteration.
 
     Returns:
-        list[dict]: Training records hold ``loss``, ``iter`` and ``epoch``;
-        validation records the metrics, and ``step``, the epoch.
+        list[dict]: Records in the order in which they were logged. Training
+        records contain ``loss``, ``iter`` and ``epoch``. Validation records
+        contain the metrics and ``step``, which is the epoch.
 
     Raises:
-        MissingFileError: If no training run was logged there.
+        MissingFileError: If the work directory contains no training log.
     """
     logs = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
     records: List[dict] = []
@@ -44,16 +45,16 @@ def read_scalars(work_dir: str) -> List[dict]:
 
 
 def curves(records: List[dict], metric: str) -> Dict[str, Curve]:
-    """Loss and a metric over epochs.
+    """Extract the loss and a metric by epoch.
 
     Args:
-        records (list[dict]): From :func:`read_scalars`.
+        records (list[dict]): Records returned by :func:`read_scalars`.
         metric (str): Name of a validation metric, such as
             'accuracy/top1'.
 
     Returns:
-        dict[str, tuple[list, list]]: 'loss' and ``metric``, each with its
-        epochs and values; the loss is the mean over an epoch's records.
+        dict[str, tuple[list, list]]: Epochs and values of 'loss' and of
+        ``metric``. The loss is averaged over the records of an epoch.
     """
     losses: Dict[int, List[float]] = {}
     metrics: Dict[int, float] = {}
@@ -70,13 +71,13 @@ def curves(records: List[dict], metric: str) -> Dict[str, Curve]:
 
 
 def plot_curves(work_dir: str, metric: str, label: str, out: str) -> None:
-    """Draw loss and a metric over the epochs into a PNG.
+    """Plot the loss and a metric against the epoch.
 
     Args:
-        work_dir (str): Work folder of ``tools/train.py``.
+        work_dir (str): Work directory of ``tools/train.py``.
         metric (str): Name of the validation metric.
-        label (str): What to write beside its axis.
-        out (str): The PNG to write.
+        label (str): Axis label of the metric.
+        out (str): Path of the PNG file to write.
     """
     lines = curves(read_scalars(work_dir), metric)
     figure = Figure(figsize=(10, 4), layout='constrained')

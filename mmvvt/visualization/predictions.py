@@ -1,6 +1,6 @@
-"""A picture of what a model says of one image.
+"""Visualization of the predictions for one image.
 
-Everything is drawn at a size that can be read: see :func:`fit`.
+Images are resized before drawing so that text is legible, see :func:`fit`.
 """
 
 import colorsys
@@ -15,24 +15,24 @@ from matplotlib.patches import Rectangle
 
 Colour = Tuple[int, int, int]
 
-MIN_SIDE, MAX_SIDE = 640, 1600  # of a picture's long side, in pixels
+MIN_SIDE, MAX_SIDE = 640, 1600  # limits of the long side, in pixels
 DPI = 100
-MIN_ROWS = 8  # of a legend beside a low image
+MIN_ROWS = 8  # minimum number of rows of a legend
 FIRST, OTHER, TEXT, MUTED = '#0969da', '#a8b9cc', '#1f2328', '#656d76'
 
 
 def fit(image: np.ndarray) -> np.ndarray:
-    """Bring an image to a size at which names and lines can be read.
+    """Resize an image so that text and lines drawn on it are legible.
 
-    A long side of more than 1600 pixels is shrunk to that; a short one is
-    enlarged by the whole factor that brings it to 640 or more, so that its
-    pixels stay what they are.
+    An image whose long side exceeds 1600 pixels is downsampled to 1600
+    pixels. An image whose long side is below 640 pixels is enlarged by the
+    smallest integer factor that reaches 640 pixels, by repeating pixels.
 
     Args:
-        image (np.ndarray): ``(H, W)`` or ``(H, W, 3)``, uint8.
+        image (np.ndarray): Image of shape ``(H, W)`` or ``(H, W, 3)``, uint8.
 
     Returns:
-        np.ndarray: The image at its new size.
+        np.ndarray: The resized image.
     """
     height, width = image.shape[:2]
     side = max(height, width)
@@ -47,7 +47,7 @@ def fit(image: np.ndarray) -> np.ndarray:
 
 
 def _like(labels: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """A label map or mask at the size of a picture, values unmixed."""
+    """Resize a label map or mask to a picture, by nearest neighbour."""
     height, width = picture.shape[:2]
     return cv2.resize(
         labels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT
@@ -55,14 +55,14 @@ def _like(labels: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
 
 def distinct_colour(label: int) -> Colour:
-    """A colour for a class that brings none.
+    """Return a colour for a class that has none in the palette.
 
     Args:
-        label (int): The class.
+        label (int): Class index.
 
     Returns:
-        tuple[int, int, int]: RGB. Hues are a golden section apart, so that
-        neighbours differ.
+        tuple[int, int, int]: RGB colour. Hues are spaced by the golden ratio,
+        so that consecutive classes have clearly different colours.
     """
     hue = label * 0.618034 % 1
     value = (0.95, 0.7)[label // 8 % 2]
@@ -71,19 +71,19 @@ def distinct_colour(label: int) -> Colour:
 
 
 def _figure(width: int, height: int) -> Figure:
-    # A hundredth more: widths such as 7.68 inches must not round down.
+    # Add 0.01 pixel: the size in inches must not be rounded down.
     return Figure(((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI)
 
 
 def _pixels(figure: Figure) -> np.ndarray:
-    """Draw a figure as ``(H, W, 3)``, uint8, RGB."""
+    """Render a figure as an RGB array of shape ``(H, W, 3)``, uint8."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _pixel_axis(figure: Figure, width: int, height: int):
-    """An axis over the whole figure, in pixels from the upper left corner."""
+    """Add axes that cover the figure, in pixels from the upper left."""
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, width), ylim=(height, 0))
     axis.axis('off')
@@ -92,7 +92,7 @@ def _pixel_axis(figure: Figure, width: int, height: int):
 
 
 def _points(picture: np.ndarray) -> float:
-    """A font size that suits a picture's long side."""
+    """Font size in points, proportional to the long side."""
     return max(picture.shape[:2]) / 68
 
 
@@ -106,21 +106,21 @@ def _shorten(name: str, length: int) -> str:
     return name[: length - 1].rstrip(' ,') + '…'
 
 
-# -- one for each task --------------------------------------------------------
+# -- one function for each task -----------------------------------------------
 
 
 def draw_classification(
     image: np.ndarray, names: Sequence[str], scores: Sequence[float]
 ) -> np.ndarray:
-    """Draw an image beside a bar for each of its likeliest classes.
+    """Draw an image and a bar chart of its top class scores.
 
     Args:
-        image (np.ndarray): ``(H, W, 3)``, uint8, RGB.
-        names (Sequence[str]): Of the classes, the likeliest first.
-        scores (Sequence[float]): Their probabilities.
+        image (np.ndarray): RGB image of shape ``(H, W, 3)``, uint8.
+        names (Sequence[str]): Class names in descending order of score.
+        scores (Sequence[float]): Probabilities of the classes.
 
     Returns:
-        np.ndarray: ``(480, 960, 3)``, uint8, RGB.
+        np.ndarray: RGB image of shape ``(480, 960, 3)``, uint8.
     """
     figure = _figure(960, 480)
     axis = figure.add_axes((0.02, 0.04, 0.46, 0.92))
@@ -141,7 +141,7 @@ def draw_classification(
         )
         axis.text(0, place - 0.24, _shorten(name, 36), va='bottom', **style)
         axis.text(1.03, place, f'{score:.1%}', va='center', **style)
-    # Five rows, whatever the number of classes; the first one on top.
+    # Always leave room for five rows; the first row is at the top.
     axis.set(xlim=(0, 1), ylim=(4.5, -0.7))
     axis.axis('off')
     return _pixels(figure)
@@ -153,25 +153,27 @@ def draw_segmentation(
     palette: Sequence[Colour],
     legend: Sequence[Tuple[int, str, float]],
 ) -> np.ndarray:
-    """Colour an image by class, with a legend at its right.
+    """Overlay a segmentation map on an image, with a legend on the right.
 
     Args:
-        image (np.ndarray): ``(H, W, 3)``, uint8, RGB.
-        labels (np.ndarray): ``(H, W)``, a class a pixel.
-        palette (Sequence[tuple[int, int, int]]): RGB by class.
-        legend (Sequence[tuple[int, str, float]]): Label, name and share of
-            the pixels of each class present, the largest first.
+        image (np.ndarray): RGB image of shape ``(H, W, 3)``, uint8.
+        labels (np.ndarray): Segmentation map of shape ``(H, W)``: the class
+            index of each pixel.
+        palette (Sequence[tuple[int, int, int]]): RGB colour of each class.
+        legend (Sequence[tuple[int, str, float]]): Class index, name and
+            fraction of the pixels of each class in the map, in descending
+            order of the fraction.
 
     Returns:
-        np.ndarray: ``(H', W', 3)``, uint8, RGB: the image as :func:`fit`
-        brings it, and the legend.
+        np.ndarray: RGB image of shape ``(H', W', 3)``, uint8: the image
+        resized by :func:`fit`, and the legend.
     """
     picture = fit(image)
     height, width = picture.shape[:2]
     labels = _like(labels.astype(np.uint16), picture)
     colours = np.asarray(palette, np.uint8)[labels]
     picture = cv2.addWeighted(picture, 0.45, colours, 0.55, 0)
-    # A dark line where the class changes.
+    # Darken the boundaries between classes.
     edge = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3)))
     picture[edge > 0] //= 2
 
@@ -222,21 +224,24 @@ def draw_detection(
     masks: Optional[np.ndarray] = None,
     text_scale: float = 1.0,
 ) -> np.ndarray:
-    """Draw boxes, and masks if there are any, with names and scores.
+    """Draw bounding boxes and optional masks with class names and scores.
 
     Args:
-        image (np.ndarray): ``(H, W, 3)``, uint8, RGB.
-        boxes (np.ndarray): ``(n, 4)``: left, top, right, bottom, in pixels.
-        names (Sequence[str]): Class of each box.
-        scores (Sequence[float], optional): Score of each, the highest first:
-            the first box is drawn on top. None for ground truth.
-        colours (Sequence[tuple[int, int, int]]): RGB of each.
-        masks (np.ndarray, optional): Boolean ``(n, H, W)``. Defaults to None.
-        text_scale (float): Factor of the size of names, scores and lines, for
-            a picture that will be shown smaller. Defaults to 1.
+        image (np.ndarray): RGB image of shape ``(H, W, 3)``, uint8.
+        boxes (np.ndarray): Boxes of shape ``(n, 4)`` as (left, top, right,
+            bottom), in pixels.
+        names (Sequence[str]): Class name of each box.
+        scores (Sequence[float], optional): Scores in descending order; the
+            first box is drawn on top. None for ground truth.
+        colours (Sequence[tuple[int, int, int]]): RGB colour of each box.
+        masks (np.ndarray, optional): Boolean masks of shape ``(n, H, W)``.
+            Defaults to None.
+        text_scale (float): Scale factor of text and line width, for images
+            that are displayed at a reduced size. Defaults to 1.
 
     Returns:
-        np.ndarray: ``(H', W', 3)``, uint8, RGB, at the size of :func:`fit`.
+        np.ndarray: RGB image of shape ``(H', W', 3)``, uint8, resized by
+        :func:`fit`.
     """
     picture = np.ascontiguousarray(fit(image))
     height, width = picture.shape[:2]
@@ -273,7 +278,7 @@ def draw_detection(
                 linewidth=points / 6,
             )
         )
-        # Rec. 601 weights: black on what the eye sees as bright
+        # Black text on bright colours, by the luma of Rec. 601.
         bright = np.dot(colour, (0.299, 0.587, 0.114)) > 0.55
         text = _shorten(names[i], 24)
         if scores is not None:
@@ -288,7 +293,7 @@ def draw_detection(
             color='black' if bright else 'white',
             bbox=dict(facecolor=colour, edgecolor='none', pad=points / 8),
         )
-        # Moved inside where it would leave the picture.
+        # Keep the text inside the picture.
         extent = tag.get_window_extent(renderer)
         tag.set_position(
             (max(min(left, width - extent.width), 0), max(top, extent.height))

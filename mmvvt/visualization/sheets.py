@@ -1,6 +1,7 @@
-"""Sheets of several test images: ground truth and predictions.
+"""Grids of test images with ground truth and predictions.
 
-Predictions are those of ``tools/test.py --out FILE.pkl``.
+The predictions are read from the file written by ``tools/test.py --out
+FILE.pkl``.
 """
 
 from typing import List, Optional, Sequence, Tuple
@@ -16,14 +17,14 @@ Palette = Sequence[Sequence[int]]
 
 RIGHT, WRONG = '#1a7f37', '#cf222e'
 IGNORED = (0, 0, 0)
-# Pictures of a detection sheet are shown at about a third of their size.
+# A detection sheet displays images at about a third of their size.
 DETECTION_TEXT_SCALE = 2.0
 
 
 def _grid(
     rows: int, columns: int, size: Tuple[float, float], title: str
 ) -> Tuple[Figure, np.ndarray]:
-    """A figure with a title and empty axes, ``(rows, columns)``."""
+    """Create a figure with a title and a grid of empty axes."""
     figure = Figure(figsize=size, layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -33,14 +34,14 @@ def _grid(
 
 
 def _spread(predictions: List[dict], count: int) -> List[dict]:
-    """At most ``count`` of the predictions, at even steps."""
+    """Select at most ``count`` evenly spaced predictions."""
     count = min(count, len(predictions))
     steps = np.linspace(0, len(predictions) - 1, count).astype(int)
     return [predictions[i] for i in steps]
 
 
 def _read(sample: dict) -> np.ndarray:
-    """The image of a prediction, ``(H, W, 3)``, uint8, RGB."""
+    """Read the image of a prediction: ``(H, W, 3)``, uint8, RGB."""
     return mmcv.imread(sample['img_path'], channel_order='rgb')
 
 
@@ -48,15 +49,16 @@ def _read(sample: dict) -> np.ndarray:
 
 
 def choose_samples(predictions: List[dict], count: int) -> List[dict]:
-    """Choose what a classification sheet shows.
+    """Select the samples of a classification sheet.
 
     Args:
-        predictions (list[dict]): With ``gt_label`` and ``pred_label``.
-        count (int): How many to show.
+        predictions (list[dict]): Predictions with the keys ``gt_label`` and
+            ``pred_label``.
+        count (int): Maximum number of samples.
 
     Returns:
-        list[dict]: At most ``count`` of them: the wrong ones first, then
-        right ones at even steps.
+        list[dict]: At most ``count`` predictions: wrong predictions first,
+        followed by evenly spaced correct predictions.
     """
     right, wrong = [], []
     for sample in predictions:
@@ -77,13 +79,13 @@ def draw_classification_sheet(
     """Draw images with true label, predicted label and its probability.
 
     Args:
-        predictions (list[dict]): With ``img_path``, ``gt_label``,
-            ``pred_label`` and ``pred_score``.
-        classes (Sequence[str]): Names by label.
-        title (str): Line above the sheet.
-        out (str): The PNG to write.
-        columns (int): Images in a row. Defaults to 8.
-        rows (int): Rows. Defaults to 6.
+        predictions (list[dict]): Predictions with the keys ``img_path``,
+            ``gt_label``, ``pred_label`` and ``pred_score``.
+        classes (Sequence[str]): Class names.
+        title (str): Title of the sheet.
+        out (str): Path of the PNG file to write.
+        columns (int): Number of images per row. Defaults to 8.
+        rows (int): Number of rows. Defaults to 6.
     """
     figure, axes = _grid(rows, columns, (1.6 * columns, 2.0 * rows), title)
     for axis, sample in zip(
@@ -108,15 +110,15 @@ def draw_classification_sheet(
 
 
 def paint(labels: np.ndarray, palette: Palette) -> np.ndarray:
-    """Colour a label map.
+    """Convert a segmentation map to an RGB image.
 
     Args:
-        labels (np.ndarray): ``(H, W)``, the class of each pixel; values
-            outside the palette are black.
-        palette (Sequence[Sequence[int]]): RGB by class.
+        labels (np.ndarray): Segmentation map of shape ``(H, W)``: the class
+            index of each pixel. Indices outside the palette become black.
+        palette (Sequence[Sequence[int]]): RGB colour of each class.
 
     Returns:
-        np.ndarray: ``(H, W, 3)``, uint8.
+        np.ndarray: RGB image of shape ``(H, W, 3)``, uint8.
     """
     table = np.full((256, 3), IGNORED, np.uint8)
     table[: len(palette)] = palette
@@ -132,17 +134,19 @@ def draw_segmentation_sheet(
     rows: int = 6,
     columns: int = 2,
 ) -> None:
-    """Draw images beside their true and predicted labels.
+    """Draw images with their true and predicted segmentation maps.
 
     Args:
-        predictions (list[dict]): With ``img_path``, ``gt_sem_seg`` and
-            ``pred_sem_seg``; the sheet shows some of them, at even steps.
-        classes (Sequence[str]): Names by label.
-        palette (Sequence[Sequence[int]]): RGB by label.
-        title (str): Line above the sheet.
-        out (str): The PNG to write.
-        rows (int): Rows. Defaults to 6.
-        columns (int): Images in a row, three pictures each. Defaults to 2.
+        predictions (list[dict]): Predictions with the keys ``img_path``,
+            ``gt_sem_seg`` and ``pred_sem_seg``. The sheet shows an evenly
+            spaced subset.
+        classes (Sequence[str]): Class names.
+        palette (Sequence[Sequence[int]]): RGB colour of each class.
+        title (str): Title of the sheet.
+        out (str): Path of the PNG file to write.
+        rows (int): Number of rows. Defaults to 6.
+        columns (int): Number of samples per row; each sample takes three
+            pictures. Defaults to 2.
     """
     figure, axes = _grid(
         rows, 3 * columns, (5.4 * columns, 1.85 * rows + 0.9), title
@@ -182,7 +186,7 @@ def draw_segmentation_sheet(
 
 
 def _masks(run_lengths: Optional[Sequence[dict]]) -> Optional[np.ndarray]:
-    """COCO's run lengths of n masks as boolean ``(n, H, W)``."""
+    """Decode COCO RLE masks to a boolean array ``(n, H, W)``."""
     if not run_lengths:
         return None
     from pycocotools.mask import decode
@@ -201,20 +205,21 @@ def draw_detection_sheet(
     rows: int = 4,
     columns: int = 3,
 ) -> None:
-    """Draw images with their true and with their predicted objects.
+    """Draw images with their true and predicted objects.
 
     Args:
-        predictions (list[dict]): With ``img_path``, ``gt_instances`` and
-            ``pred_instances``; boxes are ``(left, top, right, bottom)`` in
-            pixels of the image, masks COCO's run lengths. The sheet shows
-            some of them, at even steps.
-        classes (Sequence[str]): Names by label.
-        palette (Sequence[Sequence[int]]): RGB by label.
-        title (str): Line above the sheet.
-        score_thr (float): Minimum score of a prediction that is drawn.
-        out (str): The PNG to write.
-        rows (int): Rows. Defaults to 4.
-        columns (int): Images in a row, two pictures each. Defaults to 3.
+        predictions (list[dict]): Predictions with the keys ``img_path``,
+            ``gt_instances`` and ``pred_instances``. Boxes are (left, top,
+            right, bottom) in pixels of the image, masks are COCO RLE. The
+            sheet shows an evenly spaced subset.
+        classes (Sequence[str]): Class names.
+        palette (Sequence[Sequence[int]]): RGB colour of each class.
+        title (str): Title of the sheet.
+        score_thr (float): Minimum score of the predictions to draw.
+        out (str): Path of the PNG file to write.
+        rows (int): Number of rows. Defaults to 4.
+        columns (int): Number of samples per row; each sample takes two
+            pictures. Defaults to 3.
     """
     figure, axes = _grid(
         rows, 2 * columns, (5 * columns, 2.5 * rows + 0.6), title
@@ -232,7 +237,7 @@ def draw_detection_sheet(
             scores, shown = None, range(len(labels))
             if 'scores' in found:
                 scores = np.asarray(found['scores'])
-                # The highest scores first; the first box is drawn on top.
+                # Sort by descending score; the first box is drawn on top.
                 order = np.argsort(-scores, kind='stable')
                 shown = order[scores[order] >= score_thr]
                 scores = scores[shown]

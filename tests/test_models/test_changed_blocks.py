@@ -557,7 +557,10 @@ def test_lora():
     )
     for target in ('fc1', 'q_proj', 'se_fc.2'):
         model = mmpretrain.LoRAModel(
-            module=dict(type='VVT', arch=arch), alpha=1, rank=4, targets=[dict(type=target)]
+            module=dict(type='VVT', arch=arch),
+            alpha=1,
+            rank=4,
+            targets=[dict(type=target)],
         )
         for name, parameter in model.named_parameters():
             if 'lora_' in name:

@@ -467,14 +467,3 @@ def test_attention_checks_its_grid():
         'tokens, but x has 6',
     ):
         VicinityAttention(8, 2)(torch.zeros(1, 6, 8), (2, 2))
-
-
-@pytest.mark.parametrize('has_gpu', [False, True])
-def test_construction_has_the_c_library_keep_freed_memory(
-    has_gpu, monkeypatch
-):
-    """But not of a process that may never run it on the CPU."""
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
-    common.keep_freed_memory.cache_clear()
-    nano()
-    assert common.keep_freed_memory.cache_info().currsize == (not has_gpu)

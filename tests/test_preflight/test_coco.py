@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmvvt.errors import AnnotationError
+from mmvvt.errors import AnnotationError, UserError
 from mmvvt.preflight import check_data, dataset_class
 from mmvvt.preflight.coco import reads_coco
 
@@ -76,7 +76,7 @@ def fault(root, content, **dataset):
     with pytest.raises(AnnotationError) as caught:
         check(config(root, **dataset))
     line = str(caught.value)
-    start = 'error: test_dataloader (CocoDataset): '
+    start = 'test_dataloader (CocoDataset): '
     assert line.startswith(start) and '\n' not in line
     return line[len(start) :]
 
@@ -99,8 +99,8 @@ def test_good_files_pass(root):
 
 def test_file_is_absent(root):
     with pytest.raises(
-        AnnotationError,
-        match=r'error: test_dataloader '
+        UserError,
+        match=r'^test_dataloader '
         rf'\(CocoDataset\): the annotation file does not '
         rf'exist: {FILE}$',
     ):
@@ -114,8 +114,8 @@ def test_metric_has_a_file_of_its_own(root):
     check(config(root, evaluator))
     evaluator['ann_file'] = 'val.json'
     with pytest.raises(
-        AnnotationError,
-        match=r'^error: test_evaluator '
+        UserError,
+        match=r'^test_evaluator '
         r'\(CocoMetric\): the annotation file does not '
         'exist: val.json$',
     ):

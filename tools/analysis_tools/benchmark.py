@@ -1,10 +1,11 @@
-"""Time VVT against the plain formula and against other backbones.
+"""Benchmark VVT against its reference implementation and other backbones.
 
-The plain formula (vvt-*-plain) is the official code's way: features four
-times as wide, the clamps as separate passes, angle tables built in each block
-and step. All models run in this process, in turn, run by run, so that the
-machine's drift hits all alike; a VVT only after its outputs have been
-compared with the plain formula's.
+The reference implementation (vvt-*-plain) computes attention as the official
+code does: with features of four times the head dimension, clamps as separate
+operations, and cosine and sine tables recomputed in each block. The runs of
+all models are interleaved in one process, so that changes in the speed of the
+machine affect all models equally. The outputs of VVT are compared with those
+of the reference implementation before timing.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from mmvvt.cli import run
 from mmvvt.errors import UserError
 
 STEPS = dict(forward=forward, train_step=train_step)
-# Of feature maps, up to 36 blocks deep, in float32.
+# Relative error of float32 feature maps after up to 36 blocks.
 TOLERANCE = 1e-3
 
 
@@ -48,52 +49,52 @@ def parse_args():
         nargs='+',
         default=['vvt-small', 'vvt-small-plain'],
         metavar='MODEL',
-        help=f'of {", ".join(NAMES)} (default: vvt-small vvt-small-plain)',
+        help=f'any of {", ".join(NAMES)} (default: vvt-small vvt-small-plain)',
     )
     parser.add_argument(
         '--sizes',
         nargs='+',
         default=['4x224', '1x1024'],
         metavar='BATCHxSIDE',
-        help='(default: 4x224 1x1024)',
+        help='batch sizes and image sizes (default: 4x224 1x1024)',
     )
     parser.add_argument(
         '--modes',
         nargs='+',
         default=MODES,
         choices=MODES,
-        help='(default: both)',
+        help='modes to time (default: both)',
     )
     parser.add_argument(
         '--dtype',
         default='float32',
         choices=DTYPES,
-        help='a half type stands for autocast (default: float32)',
+        help='bfloat16 and float16 use autocast (default: float32)',
     )
     parser.add_argument(
         '--compile',
         action='store_true',
-        help='time each model through torch.compile, too',
+        help='also time each model with torch.compile',
     )
     parser.add_argument(
         '--memory',
         action='store_true',
-        help='measure the peak memory too, each in a process of its own',
+        help='also measure peak memory, each in a separate process',
     )
     parser.add_argument(
         '--profile',
         action='store_true',
-        help='in place of times, print what each model spends them on (CPU)',
+        help='print the time by kind of operation instead (CPU only)',
     )
     parser.add_argument(
-        '--runs', type=int, default=5, help='counted runs (default: 5)'
+        '--runs', type=int, default=5, help='number of timed runs (default: 5)'
     )
-    parser.add_argument('--csv', help='file to write the table to')
+    parser.add_argument('--csv', help='CSV file to write the results to')
     return parser.parse_args()
 
 
 def check(models, names, image):
-    """Outputs before times: a VVT's against the plain formula's."""
+    """Check outputs, and compare VVT with its reference implementation."""
     for name, model in zip(names, models):
         model.eval()
         check_finite(model, image)
@@ -125,13 +126,13 @@ def print_group(rows, batch, side, mode):
 
 
 def compiled_sides(args, models, image, mode):
-    """What torch.compile makes of the models, without those it cannot take."""
+    """Compile the models and skip those for which compilation fails."""
     sides = []
     for name, model in zip(args.models, models):
         compiled = torch.compile(model)
         try:
             STEPS[mode](compiled, image, args.dtype)
-        except Exception as error:  # whatever a compiler may raise
+        except Exception as error:  # a compiler may raise anything
             reason = type(error).__name__
             print(f'{name} is left out compiled: {reason} in torch.compile')
             continue
@@ -140,7 +141,7 @@ def compiled_sides(args, models, image, mode):
 
 
 def measure(args, models, batch, side, mode):
-    """A row for each model and engine, timed in alternation."""
+    """Time all models and engines with interleaved runs."""
     image = torch.randn(batch, 3, side, side)
     if torch.cuda.is_available():
         image = image.cuda()
@@ -178,7 +179,7 @@ def measure(args, models, batch, side, mode):
 
 
 def print_profile(args, models, batch, side, mode):
-    """Milliseconds of a pass by kind of operation, a column a model."""
+    """Print milliseconds by kind of operation, one column per model."""
     image = torch.randn(batch, 3, side, side)
     columns = [
         profile(partial(STEPS[mode], model, image, args.dtype))
@@ -232,7 +233,7 @@ def main():
             group = measure(args, models, batch, side, mode)
             print_group(group, batch, side, mode)
             rows += group
-            if args.csv:  # after each, as a run takes hours
+            if args.csv:  # after each group: a benchmark takes hours
                 write_csv(args.csv, rows)
 
 

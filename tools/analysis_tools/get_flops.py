@@ -1,10 +1,10 @@
-"""Count the parameters and multiply-adds of configs' models."""
+"""Count the parameters and multiply-adds of models."""
 
 import argparse
 
 from mmengine.registry import MODELS
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.analysis.complexity import count
 from mmvvt.cli import run
 from mmvvt.errors import UserError

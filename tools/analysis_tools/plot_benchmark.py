@@ -1,4 +1,4 @@
-"""Draw CSV files of benchmark.py: speed and memory over the image size."""
+"""Plot speed and memory from CSV files written by benchmark.py."""
 
 import argparse
 
@@ -9,9 +9,9 @@ from mmvvt.visualization.benchmark import plot_benchmark
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('picture', help='PNG or SVG to write')
+    parser.add_argument('picture', help='PNG or SVG file to write')
     parser.add_argument(
-        'csv', nargs='+', help='what benchmark.py --csv wrote, one or more'
+        'csv', nargs='+', help='files written by benchmark.py --csv'
     )
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Sum up a classifier's run: top-1, curves, and a sheet of predictions."""
+"""Report top-1 accuracy, training curves and sample predictions."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 
 import mmengine
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.preflight import dataset_class, read_config
@@ -17,8 +17,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint that was tested')
-    parser.add_argument('work_dir', help='work folder of tools/train.py')
-    parser.add_argument('predictions', help='of tools/test.py --out FILE.pkl')
+    parser.add_argument('work_dir', help='work directory of tools/train.py')
+    parser.add_argument('predictions', help='output of tools/test.py --out')
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
-"""Draw a sheet of a detector's test: true boxes beside predicted ones."""
+"""Draw a sheet of test images with true and predicted boxes."""
 
 import argparse
 import os
 
 import mmengine
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.preflight import dataset_class, read_config
@@ -15,13 +15,13 @@ from mmvvt.visualization import draw_detection_sheet
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('predictions', help='of tools/test.py --out FILE.pkl')
-    parser.add_argument('out', help='the PNG to write')
+    parser.add_argument('predictions', help='output of tools/test.py --out')
+    parser.add_argument('out', help='PNG file to write')
     parser.add_argument(
         '--score-thr',
         type=float,
         default=0.3,
-        help='least score of a box that is drawn (default: 0.3)',
+        help='minimum score of the boxes to draw (default: 0.3)',
     )
     return parser.parse_args()
 

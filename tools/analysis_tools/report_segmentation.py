@@ -1,11 +1,11 @@
-"""Draw a sheet of a segmentor's test: image, truth, prediction, legend."""
+"""Draw a sheet of test images with true and predicted labels."""
 
 import argparse
 import os
 
 import mmengine
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.preflight import dataset_class, read_config
@@ -15,8 +15,8 @@ from mmvvt.visualization import draw_segmentation_sheet
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('predictions', help='of tools/test.py --out FILE.pkl')
-    parser.add_argument('out', help='the PNG to write')
+    parser.add_argument('predictions', help='output of tools/test.py --out')
+    parser.add_argument('out', help='PNG file to write')
     return parser.parse_args()
 
 

@@ -1,5 +1,7 @@
-"""Peak memory and time of a training step of a segmentor or a detector, on
-random images."""
+"""Measure time and peak memory of a training step of a segmentor or detector.
+
+Images and ground truth are random.
+"""
 
 import argparse
 import statistics
@@ -13,7 +15,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.structures import InstanceData, PixelData
 
-import mmvvt  # noqa: F401, registers VVT and what comes with it
+import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.analysis.benchmark import machine_line
 from mmvvt.analysis.memory import peak_memory_gib
 from mmvvt.apis import keep_freed_memory
@@ -28,30 +30,30 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument(
-        '--batch', type=int, default=2, help='images (default: 2)'
+        '--batch', type=int, default=2, help='batch size (default: 2)'
     )
     parser.add_argument(
-        '--runs', type=int, default=3, help='counted steps (default: 3)'
+        '--runs', type=int, default=3, help='timed steps (default: 3)'
     )
     parser.add_argument(
         '--shape',
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help="images' size (default: a segmentor's crop; 800 1333 for a "
-        'detector)',
+        help='size of the images (default: the crop size of a segmentor; '
+        '800 1333 for a detector)',
     )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='settings of the config to override: key=value',
+        help='override settings of the config: key=value',
     )
     return parser.parse_args()
 
 
 def random_labels(model, height, width):
-    """A segmentor's truth: a class for each pixel."""
+    """Create a random segmentation map as ground truth."""
     from mmseg.structures import SegDataSample
 
     labels = torch.randint(model.decode_head.num_classes, (1, height, width))
@@ -59,7 +61,10 @@ def random_labels(model, height, width):
 
 
 def random_objects(model, height, width):
-    """A detector's truth: boxes of a quarter of the sides, full masks."""
+    """Create random objects as ground truth.
+
+    Boxes have a quarter of the height and width; masks fill their boxes.
+    """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -84,7 +89,7 @@ def random_objects(model, height, width):
 
 
 def random_batch(model, truth, batch, height, width):
-    """Images and their truth, as the loader gives them."""
+    """Create a batch in the format of the data loader."""
     samples = [truth(model, height, width) for _ in range(batch)]
     for sample in samples:
         sample.set_metainfo(

@@ -1,4 +1,4 @@
-"""Turn an official VVT checkpoint into one for tools/test.py, or back."""
+"""Convert an official VVT checkpoint to the format of mmvvt, or back."""
 
 import argparse
 import os
@@ -21,13 +21,13 @@ def parse_args():
     parser.add_argument(
         '--arch',
         choices=list(ARCH_SETTINGS),
-        help='architecture that SRC must be of (default: told from its '
-        'tensors)',
+        help='expected architecture of SRC (default: determined from the '
+        'shapes of its tensors)',
     )
     parser.add_argument(
         '--reverse',
         action='store_true',
-        help='SRC is ours, DST becomes an official file',
+        help='convert from the format of mmvvt to the official format',
     )
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-# ADE20K (150 classes): crops of 512 x 512; evaluation at a short side of 512.
+# ADE20K (150 classes): crop size 512 x 512, evaluated at a short side of 512.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
@@ -17,7 +17,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    # Read after the resizing: labels are compared at their own size.
+    # Load labels after Resize: evaluation uses their original size.
     dict(type='LoadAnnotations'),
     dict(type='CheckLabels', num_classes=150),
     dict(type='PackSegInputs'),
@@ -55,7 +55,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-# Six sizes, each also mirrored.
+# Six scales, each with and without horizontal flip.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

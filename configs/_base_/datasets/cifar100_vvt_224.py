@@ -1,5 +1,5 @@
-# CIFAR-100 enlarged to 224 and augmented as ImageNet is in
-# imagenet_vvt_224.py. mmpretrain downloads it where absent, and gives RGB.
+# CIFAR-100 resized to 224 x 224, with the augmentation of imagenet_vvt_224.py.
+# mmpretrain downloads the dataset if it is missing and loads images as RGB.
 _base_ = './imagenet_vvt_224.py'
 
 data_preprocessor = dict(num_classes=100, to_rgb=False)

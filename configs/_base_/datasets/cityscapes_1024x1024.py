@@ -1,4 +1,4 @@
-# Cityscapes (19 classes, 2048 x 1024): crops of 1024 x 1024.
+# Cityscapes (19 classes, 2048 x 1024): crop size 1024 x 1024.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
@@ -17,7 +17,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 1024), keep_ratio=True),
-    # Read after the resizing: labels are compared at their own size.
+    # Load labels after Resize: evaluation uses their original size.
     dict(type='LoadAnnotations'),
     dict(type='CheckLabels', num_classes=19),
     dict(type='PackSegInputs'),
@@ -55,7 +55,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-# Six sizes, each also mirrored.
+# Six scales, each with and without horizontal flip.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

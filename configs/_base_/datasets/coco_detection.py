@@ -1,4 +1,4 @@
-# COCO 2017, boxes alone: what that changes in coco_instance.py.
+# COCO 2017 with boxes only. Overrides coco_instance.py.
 _base_ = './coco_instance.py'
 
 train_pipeline = [
@@ -11,7 +11,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    # Read after the resizing: boxes are compared at their own size.
+    # Load boxes after Resize: evaluation uses their original size.
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',
@@ -31,7 +31,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(metric='bbox')
 test_evaluator = val_evaluator
 
-# Three sizes, each also mirrored. mmdet merges boxes; it cannot merge masks.
+# Three scales, each with and without horizontal flip. mmdet supports test-time
+# augmentation of boxes but not of masks.
 tta_model = dict(
     type='DetTTAModel',
     tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),

@@ -1,5 +1,6 @@
-# What DINO's training changes in coco_detection.py: the short side is 480 to
-# 800, half of the images are cropped before, and images without objects stay.
+# Overrides coco_detection.py with the training pipeline of DINO: short side
+# from 480 to 800, half of the images are cropped first, and images without
+# objects are kept.
 _base_ = './coco_detection.py'
 
 train_pipeline = [

@@ -1,4 +1,4 @@
-# COCO 2017, boxes and masks: 800 x 1333 (short side, and long side at most).
+# COCO 2017 with boxes and masks: short side 800, long side at most 1333.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -9,7 +9,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    # Read after the resizing: boxes are compared at their own size.
+    # Load boxes after Resize: evaluation uses their original size.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',

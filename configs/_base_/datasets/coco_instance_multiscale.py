@@ -1,6 +1,6 @@
-# What multi-scale training changes in coco_instance.py, as Swin has it (and
-# DETR had first): the short side is 480 to 800, and half of the images are
-# cropped before.
+# Overrides coco_instance.py with the multi-scale training of Swin, which
+# follows DETR: short side from 480 to 800, and half of the images are cropped
+# first.
 _base_ = './coco_instance.py'
 
 train_pipeline = [

@@ -1,15 +1,16 @@
-# Handwritten digits on photographs, 128 x 128; written where absent. They are
-# shrunk to 96 x 96, where digits are about as large as those that the backbone
-# has learnt, 32 pixels.
+# Handwritten digits on photographs, 128 x 128. The dataset is generated if it
+# is missing. Images are resized to 96 x 96, so that digits are about as large
+# as in pre-training (32 pixels).
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(96, 96), keep_ratio=True),
-    # a quarter of the time that the default, Pillow, takes
+    # OpenCV takes a quarter of the time of the default, Pillow.
     dict(type='LoadAnnotations', imdecode_backend='cv2'),
     dict(type='CheckLabels', num_classes=11),
-    # Labels at the stride of the head's output: with larger ones the losses
-    # are a third of a step. Pillow takes the pixel in the middle; OpenCV's one
-    # is to the upper left of it, which shifts the strokes.
+    # Resize labels to the resolution of the decode head's output. At a higher
+    # resolution, the losses take a third of the time of a step. Pillow samples
+    # the central pixel; OpenCV samples a pixel to its upper left, which would
+    # shift the strokes.
     dict(
         type='KeyMapper',
         mapping=dict(img='gt_seg_map'),
@@ -24,13 +25,12 @@ train_pipeline = [
             )
         ],
     ),
-    # Most photographs are dark, and so the ink is light: sometimes the other
-    # way round.
+    # Most scenes are light digits on dark photographs. Invert some of them.
     dict(type='mmpretrain.Invert', prob=0.2),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-# Labels after the resizing: they are compared with at full size.
+# Load labels after Resize: evaluation uses their original size.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(96, 96), keep_ratio=True),
@@ -41,8 +41,8 @@ test_pipeline = [
 
 train_dataloader = dict(
     batch_size=8,
-    # A batch is loaded in a tenth of the time of a step: on two cores a
-    # process of its own would slow the steps by more.
+    # Loading a batch takes a tenth of the time of a step. On two cores, a
+    # worker process would slow down training by more than that.
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),
@@ -69,7 +69,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-# Three sizes; no mirrored ones, since digits do not look alike in a mirror.
+# Three scales without flip: a mirrored digit is not a valid digit.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

@@ -1,17 +1,17 @@
-# Handwritten digits on photographs, 128 x 128, with boxes and masks; written
-# where absent. No mirrored ones: digits do not look alike in a mirror.
+# Handwritten digits on photographs, 128 x 128, with boxes and masks. The
+# dataset is generated if it is missing. There is no random flip because a
+# mirrored digit is not a valid digit.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    # Most photographs are dark, and so the ink is light: as often the other
-    # way round.
+    # Most scenes are light digits on dark photographs. Invert half of them.
     dict(type='mmpretrain.Invert', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    # Changes nothing; mmdet wants to know the scale.
+    # Does not change the image, but sets scale_factor for mmdet.
     dict(type='Resize', scale=(128, 128), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
@@ -28,8 +28,8 @@ test_pipeline = [
 
 train_dataloader = dict(
     batch_size=8,
-    # On two cores a process of its own would slow the steps by more than
-    # loading a batch takes.
+    # On two cores, a worker process would slow down training by more than
+    # the time to load a batch.
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),

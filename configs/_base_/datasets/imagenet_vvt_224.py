@@ -1,13 +1,14 @@
-# ImageNet-1K as in the paper: RandAugment m9-mstd0.5-inc1, random erasing
-# 0.25 (pixel), repeated augmentation 3, bicubic; evaluation: resize 256,
-# centre crop 224. The paper also lists colour jitter 0.4; timm, with which the
-# official code makes its pipeline, leaves jitter out beside RandAugment.
+# ImageNet-1K as in the paper: RandAugment m9-mstd0.5-inc1, random erasing with
+# probability 0.25 (pixel mode), 3 repeated augmentations, bicubic
+# interpolation. Evaluation: resize to 256, centre crop of 224. The paper also
+# lists colour jitter 0.4, but timm, which the official code uses, disables it
+# when RandAugment is enabled.
 data_preprocessor = dict(
     num_classes=1000,
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     to_rgb=True,
-)  # images are read as BGR
+)  # images are loaded as BGR
 
 bgr_mean = data_preprocessor['mean'][::-1]
 bgr_std = data_preprocessor['std'][::-1]

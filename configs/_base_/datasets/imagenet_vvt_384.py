@@ -1,5 +1,5 @@
-# What 384 pixels change in imagenet_vvt_224.py. Evaluation keeps the ratio of
-# 256 to 224: resize 438, centre crop 384.
+# Overrides imagenet_vvt_224.py for images of 384 x 384. Evaluation keeps the
+# ratio of 256 to 224: resize to 438, centre crop of 384.
 _base_ = './imagenet_vvt_224.py'
 
 train_pipeline = [

@@ -1,5 +1,5 @@
-# Cascade Mask R-CNN on VVT, with Swin's box heads: four convolutions with
-# SyncBN and one linear layer, GIoU loss on decoded boxes.
+# Cascade Mask R-CNN with a VVT backbone. The box heads are those of Swin: four
+# convolutions with SyncBN, one linear layer, and GIoU loss on decoded boxes.
 _base_ = './mask-rcnn_vvt_fpn.py'
 
 model = dict(

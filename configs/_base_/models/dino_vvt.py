@@ -1,4 +1,4 @@
-# DINO with four feature levels on VVT.
+# DINO with a VVT backbone and four feature levels.
 model = dict(
     type='DINO',
     num_queries=900,
@@ -12,7 +12,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=1,
     ),
-    # arch, drop path and pretrained file: in each config
+    # arch, drop_path_rate and init_cfg are set in each config
     backbone=dict(type='VVT', out_indices=(1, 2, 3), frozen_stages=-1),
     neck=dict(
         type='ChannelMapper',
@@ -61,7 +61,7 @@ model = dict(
         loss_bbox=dict(type='L1Loss', loss_weight=5.0),
         loss_iou=dict(type='GIoULoss', loss_weight=2.0),
     ),
-    # Noised truth for the decoder to restore, while training
+    # Denoising training
     dn_cfg=dict(
         label_noise_scale=0.5,
         box_noise_scale=1.0,

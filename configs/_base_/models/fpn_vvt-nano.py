@@ -1,4 +1,4 @@
-# The demos' VVT under a small Semantic FPN: 1.1 M parameters. Ours.
+# A small Semantic FPN with VVT-nano, for the demo: 1.1 M parameters.
 _base_ = './fpn_vvt.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# Semantic FPN on VVT.
+# Semantic FPN with a VVT backbone.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
     type='EncoderDecoder',
@@ -10,7 +10,7 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
     ),
-    # arch, drop path and pretrained file: in each config
+    # arch, drop_path_rate and init_cfg are set in each config
     backbone=dict(type='VVT', out_indices=(0, 1, 2, 3)),
     neck=dict(
         type='FPN',

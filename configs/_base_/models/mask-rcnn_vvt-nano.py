@@ -1,4 +1,4 @@
-# The demos' VVT under a small Mask R-CNN. Ours.
+# A small Mask R-CNN with VVT-nano, for the demo.
 _base_ = './mask-rcnn_vvt_fpn.py'
 
 model = dict(
@@ -26,7 +26,7 @@ model = dict(
             num_convs=2, in_channels=64, conv_out_channels=64, num_classes=10
         ),
     ),
-    # A scene has five digits at most.
+    # A scene contains at most five digits.
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=200, max_per_img=100),

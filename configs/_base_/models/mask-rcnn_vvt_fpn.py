@@ -1,4 +1,4 @@
-# Mask R-CNN on VVT.
+# Mask R-CNN with a VVT backbone.
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
@@ -9,7 +9,7 @@ model = dict(
         pad_mask=True,
         pad_size_divisor=32,
     ),
-    # arch, drop path and pretrained file: in each config
+    # arch, drop_path_rate and init_cfg are set in each config
     backbone=dict(type='VVT', out_indices=(0, 1, 2, 3), frozen_stages=-1),
     neck=dict(
         type='FPN',

@@ -1,4 +1,4 @@
-# The demos' VVT under a small RetinaNet: 1.1 M parameters. Ours.
+# A small RetinaNet with VVT-nano, for the demo: 1.1 M parameters.
 _base_ = './retinanet_vvt_fpn.py'
 
 model = dict(
@@ -21,7 +21,7 @@ model = dict(
         in_channels=64,
         stacked_convs=2,
         feat_channels=64,
-        # Digits are 15 to 70 pixels high, and higher than wide.
+        # Digits are 15 to 70 pixels high and taller than they are wide.
         anchor_generator=dict(
             octave_base_scale=3, ratios=[1.0, 1.6, 2.5], strides=[8, 16, 32]
         ),

@@ -1,4 +1,4 @@
-# RetinaNet on VVT.
+# RetinaNet with a VVT backbone.
 model = dict(
     type='RetinaNet',
     data_preprocessor=dict(
@@ -8,7 +8,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
-    # arch, drop path and pretrained file: in each config
+    # arch, drop_path_rate and init_cfg are set in each config
     backbone=dict(type='VVT', out_indices=(1, 2, 3), frozen_stages=-1),
     neck=dict(
         type='FPN',
@@ -52,7 +52,7 @@ model = dict(
             min_pos_iou=0.0,
             ignore_iof_thr=-1,
         ),
-        sampler=dict(type='PseudoSampler'),  # the focal loss takes all anchors
+        sampler=dict(type='PseudoSampler'),  # focal loss uses all anchors
         allowed_border=-1,
         pos_weight=-1,
         debug=False,

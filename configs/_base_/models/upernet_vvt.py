@@ -1,4 +1,4 @@
-# UperNet with an auxiliary FCN head on VVT.
+# UperNet with a VVT backbone and an auxiliary FCN head.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
     type='EncoderDecoder',
@@ -10,7 +10,7 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
     ),
-    # arch, drop path and pretrained file: in each config
+    # arch, drop_path_rate and init_cfg are set in each config
     backbone=dict(type='VVT', out_indices=(0, 1, 2, 3)),
     decode_head=dict(
         type='UPerHead',

@@ -1,4 +1,4 @@
-# A VVT small enough to learn on a laptop's CPU: 0.7 M parameters. Ours.
+# VVT-nano: 0.7 M parameters, small enough to train on the CPU of a laptop.
 _base_ = './vvt_classifier.py'
 
 model = dict(

@@ -1,6 +1,6 @@
 model = dict(
     type='ImageClassifier',
-    backbone=dict(type='VVT'),  # arch and drop path: in each config
+    backbone=dict(type='VVT'),  # set arch, drop_path_rate in each config
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',
@@ -12,7 +12,7 @@ model = dict(
         ),
         cal_acc=False,
     ),
-    # One of the two for each batch, at even odds.
+    # Apply one of the two to each batch, with equal probability.
     train_cfg=dict(
         augments=[
             dict(type='Mixup', alpha=0.8),

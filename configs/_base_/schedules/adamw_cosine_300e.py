@@ -1,6 +1,6 @@
-# AdamW, lr 5e-4 * batch / 512 (batch 1024 = 8 x 128), weight decay 0.05 and
-# none on biases and norms; 5 epochs of warm-up from 1e-6, cosine to 1e-5 at
-# epoch 300; mixed precision.
+# AdamW, learning rate 5e-4 * batch size / 512 (batch size 1024 = 8 x 128),
+# weight decay 0.05 except for biases and norm layers, 5 epochs of warm-up from
+# 1e-6, cosine annealing to 1e-5 at epoch 300, mixed precision.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',
@@ -18,7 +18,7 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(
         type='LinearLR',
-        start_factor=1e-3,  # of lr: 1e-6
+        start_factor=1e-3,  # starts at 1e-6
         by_epoch=True,
         end=5,
         convert_to_iter_based=True,

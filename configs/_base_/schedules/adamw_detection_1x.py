@@ -1,6 +1,7 @@
-# Swin's setting for detectors, 12 epochs: AdamW, lr 1e-4 for 16 images (8 x
-# 2), weight decay 0.05 and none on norms and biases, 500 iterations of
-# warm-up, a tenth of the rate from epochs 8 and 11 on; mixed precision.
+# Detection settings of Swin, 12 epochs: AdamW, learning rate 1e-4 for batch
+# size 16 (8 x 2), weight decay 0.05 except for norm layers and biases, warm-up
+# of 500 iterations, learning rate divided by 10 at epochs 8 and 11, mixed
+# precision.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',

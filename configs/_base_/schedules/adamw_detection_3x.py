@@ -1,4 +1,4 @@
-# As 1x, with 36 epochs; a tenth of the rate from epochs 27 and 33 on.
+# 3x schedule: 36 epochs, learning rate divided by 10 at epochs 27 and 33.
 _base_ = './adamw_detection_1x.py'
 
 param_scheduler = [

@@ -1,8 +1,8 @@
-# The digit scenes: 1400 iterations of 8, as the detectors have them. Ours.
+# Our own settings for the digit scenes: 1400 iterations with batch size 8.
 iterations = 1400
 optim_wrapper = dict(
     type='OptimWrapper',
-    # fused: one operation updates all parameters
+    # One fused operation updates all parameters.
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05, fused=True),
     constructor='MergedOptimWrapperConstructor',
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),

@@ -1,6 +1,7 @@
-# Fine-tuning at a larger size; the recipe is ours. AdamW at a fiftieth of the
-# rate of pre-training, lr 1e-5 * batch / 512 (batch 1024 = 8 x 128), next to
-# no weight decay, 30 epochs of cosine without warm-up.
+# Fine-tuning at a higher resolution, with our own settings: AdamW, learning
+# rate 1e-5 * batch size / 512 (batch size 1024 = 8 x 128), which is 1/50 of
+# pre-training, very small weight decay, 30 epochs of cosine annealing without
+# warm-up.
 _base_ = './adamw_cosine_300e.py'
 
 optim_wrapper = dict(optimizer=dict(lr=1e-5 * 1024 / 512, weight_decay=1e-8))

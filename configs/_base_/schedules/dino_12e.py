@@ -1,6 +1,6 @@
-# DINO's setting, 12 epochs: AdamW, lr 1e-4 for 16 images (8 x 2) and a tenth
-# of it for the backbone, weight decay 1e-4, gradients clipped at a norm of
-# 0.1, a tenth of the rate from epoch 11 on; mixed precision.
+# Settings of DINO, 12 epochs: AdamW, learning rate 1e-4 for batch size 16 (8 x
+# 2) and 1e-5 for the backbone, weight decay 1e-4, gradient norm clipped to
+# 0.1, learning rate divided by 10 at epoch 11, mixed precision.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',

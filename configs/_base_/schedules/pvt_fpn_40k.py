@@ -1,6 +1,6 @@
-# PVT's setting for Semantic FPN: AdamW, lr 2e-4, weight decay 1e-4 on all
-# parameters, polynomial decay of power 0.9 over 40 000 iterations of 32 images
-# (8 x 4); mixed precision.
+# Semantic FPN settings of PVT: AdamW, learning rate 2e-4, weight decay 1e-4
+# for all parameters, polynomial decay with power 0.9 over 40 000 iterations,
+# batch size 32 (8 x 4), mixed precision.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',

@@ -1,6 +1,6 @@
-# Swin's setting for UperNet: AdamW, lr 6e-5, weight decay 0.01 and none on
-# norms and biases, 1500 iterations of warm-up, then linear decay to 0 over
-# 160 000 iterations of 16 images (8 x 2); mixed precision.
+# UperNet settings of Swin: AdamW, learning rate 6e-5, weight decay 0.01 except
+# for norm layers and biases, warm-up of 1500 iterations, then linear decay to
+# 0 at iteration 160 000, batch size 16 (8 x 2), mixed precision.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',

@@ -1,4 +1,4 @@
-# As Swin's 160k, half as long, with 8 images an iteration (8 x 1).
+# As the 160k schedule, with 80 000 iterations and batch size 8 (8 x 1).
 _base_ = './swin_upernet_160k.py'
 
 param_scheduler = [

@@ -1,4 +1,4 @@
-"""The branches of a block on a CPU, a strip of the image at a time."""
+"""Residual branches of a block on CPUs, computed in strips of rows."""
 
 from .attention import AttentionSettings, AttentionWeights, attention_branch
 from .common import runs_in_strips

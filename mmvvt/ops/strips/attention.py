@@ -1,9 +1,10 @@
-"""``x + attention(LayerNorm(x))`` in strips, for CPUs.
+"""The attention branch ``x + attention(LayerNorm(x))`` in strips on CPUs.
 
-Two passes: the first sums keys times values, the second brings the sums to
-the queries. In a strip the features of four times the width cost little, as
-they never leave the caches. For the backward pass only the projections are
-kept; the rest is cheaper to compute again than to store.
+The forward pass visits the strips twice. The first pass accumulates the
+key-value sums, and the second pass multiplies the queries by these sums. The
+features of n * d channels per head stay in the CPU caches. Only the
+projections and the outputs of the output projection are saved for the
+backward pass; recomputing the other activations is faster than storing them.
 """
 
 from typing import NamedTuple, Optional, Tuple
@@ -29,17 +30,21 @@ from .common import (
 
 
 class AttentionWeights(NamedTuple):
-    """Weights of the branch, of C channels, R of them after reduction.
+    """Weights of the attention branch.
+
+    C is the number of channels, R the number of channels after the reduction,
+    and S the number of hidden channels of the gate.
 
     Attributes:
-        norm_weight (Tensor): ``(C, )``.
-        norm_bias (Tensor): ``(C, )``.
-        qkv_weight (Tensor): ``(3 * R, C)``: queries, keys, values.
-        qkv_bias (Tensor): ``(3 * R, )``.
-        out_weight (Tensor): ``(C, R)``.
-        out_bias (Tensor): ``(C, )``.
-        squeeze_weight (Tensor): ``(S, C)``, first layer of the gate.
-        excite_weight (Tensor): ``(C, S)``, second layer of the gate.
+        norm_weight (Tensor): LayerNorm weight of shape ``(C, )``.
+        norm_bias (Tensor): LayerNorm bias of shape ``(C, )``.
+        qkv_weight (Tensor): Weight of the query, key and value projections,
+            in this order, of shape ``(3 * R, C)``.
+        qkv_bias (Tensor): Bias of shape ``(3 * R, )``.
+        out_weight (Tensor): Weight of the output projection, ``(C, R)``.
+        out_bias (Tensor): Bias of shape ``(C, )``.
+        squeeze_weight (Tensor): First layer of the gate, ``(S, C)``.
+        excite_weight (Tensor): Second layer of the gate, ``(C, S)``.
     """
 
     norm_weight: Tensor
@@ -53,14 +58,15 @@ class AttentionWeights(NamedTuple):
 
 
 class AttentionSettings(NamedTuple):
-    """What the branch computes.
+    """Settings of the attention branch.
 
     Attributes:
-        num_heads (int): Heads, of d channels.
+        num_heads (int): Number of heads, each with d = R / num_heads
+            channels.
         locality (str): 'sum', 'product', '1d' or 'none'.
-        clamp (bool): Apply the clamps of the published models.
-        eps (float): Added to the sum of weights.
-        norm_eps (float): Of the LayerNorm.
+        clamp (bool): Whether to apply the clamps of the published models.
+        eps (float): Value added to the sum of weights.
+        norm_eps (float): Epsilon of the LayerNorm.
     """
 
     num_heads: int
@@ -73,33 +79,58 @@ class AttentionSettings(NamedTuple):
 def _factors(
     shape: Tuple[int, int], rows: slice, locality: str, like: Tensor
 ) -> Optional[Tensor]:
-    """What the copies of the features are multiplied by.
+    """Return the factors of the tokens of a strip.
+
+    Args:
+        shape (tuple[int, int]): Grid ``(h, w)``.
+        rows (slice): The m rows of the strip.
+        locality (str): 'sum', 'product', '1d' or 'none'.
+        like (Tensor): Tensor that provides the dtype and device.
 
     Returns:
-        Tensor: ``(m * w, n)`` for m rows: n is 4 for 'sum' and 'product' and
-        2 for '1d'. None for 'none'.
+        Tensor or None: Factors of shape ``(m * w, n)``, where n is 4 for
+        'sum' and 'product' and 2 for '1d'. None for 'none'.
     """
     if locality == 'none':
         return None
     if locality == '1d':
         factors = token_factors(shape, locality, like.dtype, like.device)
         return factors[rows.start * shape[1] : rows.stop * shape[1]]
-    # Of these rows only: a table of the whole grid would not stay in cache.
+    # Only the factors of these rows are computed, because a table of the
+    # whole grid would not fit into the CPU caches.
     of_rows, of_cols = axis_factors(shape, like.dtype, like.device)
     return combine_factors(of_rows[:, rows], of_cols, locality)
 
 
 def _features(t: Tensor, factors: Optional[Tensor]) -> Tensor:
-    """``(b, heads, p, d)`` to ``(b, heads, p, n * d)``, contiguous."""
+    """Multiply tokens by their factors.
+
+    Args:
+        t (Tensor): Queries or keys of shape ``(b, heads, p, d)``.
+        factors (Tensor, optional): Factors of shape ``(p, n)``.
+
+    Returns:
+        Tensor: Contiguous features of shape ``(b, heads, p, n * d)``.
+    """
     if factors is None:
         return t.contiguous()
+    # (b, heads, p, 1, d) * (p, n, 1) -> (b, heads, p, n, d)
     out = t.new_empty(*t.shape[:3], factors.shape[1], t.shape[3])
     torch.mul(t.unsqueeze(-2), factors[:, :, None], out=out)
-    return out.flatten(-2)
+    return out.flatten(-2)  # (b, heads, p, n * d)
 
 
 def _fold(grad: Tensor, factors: Optional[Tensor]) -> Tensor:
-    """Gradient of ``t`` in :func:`_features` from that of its result."""
+    """Compute the gradient of ``t`` in :func:`_features`.
+
+    Args:
+        grad (Tensor): Gradient of the features, ``(b, heads, p, n * d)``,
+            modified in place.
+        factors (Tensor, optional): Factors of shape ``(p, n)``.
+
+    Returns:
+        Tensor: Gradient of shape ``(b, heads, p, d)``.
+    """
     if factors is None:
         return grad
     # (b, heads, p, n * d) -> (b, heads, p, n, d) -> (b, heads, p, d)
@@ -108,30 +139,49 @@ def _fold(grad: Tensor, factors: Optional[Tensor]) -> Tensor:
 
 
 def _split_heads(t: Tensor, num_heads: int) -> Tensor:
-    # (b, m, w, R) -> (b, p, heads, d) -> (b, heads, p, d)
+    """Split the channels into heads, without a copy."""
+    # (b, m, w, R) -> (b, p, heads, d) -> (b, heads, p, d), with p = m * w
     return t.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def _merge_heads(t: Tensor, out: Tensor) -> None:
-    """``(b, heads, p, d)`` into ``(b, m, w, R)``."""
+    """Write ``t``, ``(b, heads, p, d)``, to ``out``, ``(b, m, w, R)``."""
     _split_heads(out, t.shape[1]).copy_(t)
 
 
 def _keys_and_values(
     projected: Tensor, factors: Optional[Tensor], num_heads: int
 ) -> Tuple[Tensor, Tensor]:
-    """Features of the keys ``(b, heads, p, n * d)`` and the values.
+    """Compute the features of the keys and the extended values.
 
-    The values, ``(b, heads, p, d + 1)``, have a column of ones, so that the
-    same product gives the sum of keys.
+    Args:
+        projected (Tensor): Projections of shape ``(b, m, w, 3 * R)``.
+        factors (Tensor, optional): Factors of shape ``(p, n)``.
+        num_heads (int): Number of heads.
+
+    Returns:
+        tuple[Tensor, Tensor]: Features of the keys, of shape
+        ``(b, heads, p, n * d)``, and the values, of shape
+        ``(b, heads, p, d + 1)``. The last column of the values is 1, so that
+        the key-value product also contains the sum of keys.
     """
+    # (b, m, w, 3 * R) -> three tensors of shape (b, m, w, R)
     _, k, v = projected.chunk(3, dim=-1)
     features = _features(_split_heads(k, num_heads).relu(), factors)
     return features, F.pad(_split_heads(v, num_heads), (0, 1), value=1.0)
 
 
 def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
-    """Hidden layer ``(B, S)`` and gate ``(B, C)`` of the mean ``(B, C)``."""
+    """Compute the channel gate from the mean of the normalised tokens.
+
+    Args:
+        mean (Tensor): Mean of shape ``(B, C)``.
+        weights (AttentionWeights): Weights of the branch.
+
+    Returns:
+        tuple[Tensor, Tensor]: Hidden activations of shape ``(B, S)`` and gate
+        of shape ``(B, C)``.
+    """
     hidden = F.linear(mean, weights.squeeze_weight).relu_()
     return hidden, F.linear(hidden, weights.excite_weight).sigmoid_()
 
@@ -143,18 +193,35 @@ def _forward(
     scale: Optional[Tensor],
     keep: bool,
 ):
-    """Tokens ``(B, h, w, C)`` to the same, and what a backward pass needs."""
+    """Compute the attention branch.
+
+    Args:
+        x (Tensor): Images of shape ``(B, h, w, C)``.
+        weights (AttentionWeights): Weights of the branch.
+        settings (AttentionSettings): Settings of the branch.
+        scale (Tensor, optional): Per-sample drop-path scale of shape
+            ``(B, 1, 1, 1)``.
+        keep (bool): Whether to save tensors for a backward pass.
+
+    Returns:
+        tuple: Output of shape ``(B, h, w, C)`` and a tuple of tensors for the
+        backward pass: the projections, ``(B, h, w, 3 * R)``; the outputs of
+        the output projection, ``(B, h, w, C)``; the key-value sums before the
+        clamp, ``(B, heads, n * d, d + 1)``; and the sum of the normalised
+        tokens, ``(B, C)``. They are only valid if ``keep`` is True.
+    """
     batch, height, width, _ = x.shape
     heads, clamp = settings.num_heads, settings.clamp
     reduced_dims = weights.out_weight.shape[1]
     head_dims = reduced_dims // heads
     feature_dims = NUM_FACTORS[settings.locality] * head_dims
-    # The features of a token, before and after they are multiplied.
+    # The strip size accounts for two tensors with the width of the features.
     pieces = list(cut(batch, height, width, 2 * heads * feature_dims))
 
     out = torch.empty_like(x)
-    # Queries, and keys and values too where a backward pass follows. Else
-    # each strip's wait where its output will be.
+    # If a backward pass follows, the queries, keys and values are saved.
+    # Otherwise only the queries are needed, and they are stored in the memory
+    # of the output until the second pass overwrites them.
     projected = (
         x.new_empty(batch, height, width, 3 * reduced_dims)
         if keep
@@ -175,11 +242,14 @@ def _forward(
             projected[images, rows] = qkv[..., : projected.shape[-1]]
             factors = _factors((height, width), rows, settings.locality, x)
             k, v = _keys_and_values(qkv, factors, heads)
+            # (b, heads, n * d, p) @ (b, heads, p, d + 1)
+            # -> (b, heads, n * d, d + 1)
             sums[images] += k.transpose(-2, -1) @ v
     clamped_sums = clamp_sums(sums, clamp)
     _, gate = _gate(token_sum / (height * width), weights)
 
-    # What out_proj gives, for the masks of the clamps after it.
+    # The outputs of the output projection are saved, because the gradient
+    # masks of the following clamps depend on them.
     kept = torch.empty_like(x) if keep else None
     for images, strips in pieces:
         for rows in strips:
@@ -204,6 +274,8 @@ def _forward(
 
 
 class _AttentionBranch(torch.autograd.Function):
+    """Attention branch that recomputes activations in the backward pass."""
+
     @staticmethod
     def forward(ctx, x, settings, scale, *weights):
         weights = AttentionWeights(*weights)
@@ -233,7 +305,8 @@ class _AttentionBranch(torch.autograd.Function):
         grads = GradSums()
         grad_sums = torch.zeros_like(sums)
         grad_gate = torch.zeros_like(gate)
-        # The first R channels are filled in the first pass, from the queries.
+        # The first pass writes the query gradients to the first R channels.
+        # The second pass writes the key and value gradients to the others.
         grad_projected = torch.empty_like(projected)
         for images, strips in pieces:
             for rows in strips:
@@ -275,6 +348,8 @@ class _AttentionBranch(torch.autograd.Function):
                 grads.add('out_bias', sum_pixels(branch_grad))
                 grads.add_product('out_weight', branch_grad, merged)
 
+                # (b, heads, n * d, p) @ (b, heads, p, d + 1)
+                # -> (b, heads, n * d, d + 1)
                 grad_sums[images] += features.transpose(-2, -1) @ products_grad
                 q_grad = _fold(
                     products_grad @ clamped_sums[images].transpose(-2, -1),
@@ -287,7 +362,7 @@ class _AttentionBranch(torch.autograd.Function):
 
         if clamp:
             mask_clamp_grad(grad_sums[..., :-1], sums[..., :-1])
-        # Through the gate to the mean of the normalised tokens.
+        # Backward pass of the gate, down to the mean of the normalised tokens.
         gate_grad = grad_gate * gate * (1 - gate)
         grads.add('excite_weight', gate_grad.t() @ hidden)
         hidden_grad = (gate_grad @ weights.excite_weight).mul_(hidden > 0)
@@ -344,18 +419,27 @@ def attention_branch(
     settings: AttentionSettings,
     scale: Optional[Tensor] = None,
 ) -> Tensor:
-    """``x + scale * gated vicinity attention of LayerNorm(x)``.
+    """Compute ``x + scale * attention(LayerNorm(x))`` in strips.
+
+    The attention is the gated vicinity attention of the block. Double
+    backward is not supported.
 
     Args:
-        x (Tensor): ``(B, N, C)`` on a CPU, tokens in row-major order.
-        spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
-        weights (AttentionWeights): What x is multiplied with.
-        settings (AttentionSettings): What to compute.
-        scale (Tensor, optional): ``(B, 1, 1)``, what stochastic depth leaves
-            of the branch. Defaults to None, all of it.
+        x (Tensor): Tokens of shape ``(B, N, C)`` on a CPU, in row-major
+            order.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)`` with h * w = N.
+        weights (AttentionWeights): Weights of the branch.
+        settings (AttentionSettings): Settings of the branch.
+        scale (Tensor, optional): Per-sample drop-path scale of shape
+            ``(B, 1, 1)``. If None, the branch is not scaled. Defaults to
+            None.
 
     Returns:
-        Tensor: ``(B, N, C)``. It can be differentiated once.
+        Tensor: Tokens of shape ``(B, N, C)``.
+
+    Raises:
+        RuntimeError: In the backward pass, if it runs with
+            ``create_graph=True``.
     """
     x, scale = to_images(x, spatial_shape, scale)
     if needs_custom_backward(x, *weights):

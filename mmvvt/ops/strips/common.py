@@ -1,4 +1,4 @@
-"""What both branches share: how images are cut, products, window of rows."""
+"""Utilities of both branches: strips, linear layers and row windows."""
 
 from typing import Dict, Iterator, List, Optional, Tuple
 
@@ -8,26 +8,32 @@ from torch import Tensor
 
 from ..autograd import is_transformed
 
-# Numbers of the widest intermediate of a strip, 12 MB in float32. Smaller
-# strips pay more for starting each operation than they save in the caches.
+# Maximum number of elements of the widest activation of a strip, 12 MiB in
+# float32. With smaller strips, the overhead of launching each operation
+# exceeds the gain from better cache use.
 STRIP_NUMBERS = 4096 * 768
-# Batches with a smaller widest intermediate, 4 MB, are faster layer by layer.
+# Batches whose widest activation has no more elements than this, 4 MiB in
+# float32, are faster layer by layer.
 LEAST_NUMBERS = 1 << 20
 DTYPES = (torch.float32, torch.float64)
 
 
 def runs_in_strips(x: Tensor, channels: int) -> bool:
-    """Whether a branch should take these tokens.
+    """Check whether a branch should be computed in strips.
 
-    It should take large batches of float32 and float64 on a CPU; not under
-    autocast, nor where operations are being recorded: compilers see more in
-    single layers.
+    Strips are used for large batches of float32 or float64 tokens on a CPU.
+    They are not used under autocast, nor while compiling or tracing, because
+    compilers optimise the individual layers better.
 
     Args:
-        x (Tensor): ``(B, N, C)``.
-        channels (int): Of the widest intermediate.
+        x (Tensor): Tokens of shape ``(B, N, C)``.
+        channels (int): Number of channels of the widest activation.
+
+    Returns:
+        bool: True if the branch should be computed in strips.
     """
-    # Transforms first: a compiler would tie its graph to what is looked at.
+    # is_transformed() is checked first, because a compiler would specialise
+    # its graph to the properties that the other conditions read.
     return (
         not is_transformed()
         and x.device.type == 'cpu'
@@ -39,7 +45,12 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
 
 
 def check_differentiated_once() -> None:
-    """Raise in a backward pass that is to be differentiated itself."""
+    """Check that the backward pass is not itself differentiated.
+
+    Raises:
+        RuntimeError: If the backward pass runs with ``create_graph=True``.
+            Double backward is not supported.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             'a block that runs in strips can be differentiated once, and the '
@@ -51,7 +62,19 @@ def check_differentiated_once() -> None:
 def to_images(
     x: Tensor, spatial_shape: Tuple[int, int], scale: Optional[Tensor]
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """Tokens ``(B, N, C)`` to ``(B, h, w, C)``, their scale likewise."""
+    """Reshape tokens to images.
+
+    Args:
+        x (Tensor): Tokens of shape ``(B, N, C)``.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)`` with h * w = N.
+        scale (Tensor, optional): Per-sample drop-path scale of shape
+            ``(B, 1, 1)``.
+
+    Returns:
+        tuple[Tensor, Tensor or None]: Contiguous images of shape
+        ``(B, h, w, C)`` and the scale of shape ``(B, 1, 1, 1)``.
+    """
+    # (B, N, C) -> (B, h, w, C)
     x = x.contiguous().unflatten(1, spatial_shape)
     # (B, 1, 1) -> (B, 1, 1, 1)
     return x, None if scale is None else scale[..., None]
@@ -60,25 +83,28 @@ def to_images(
 def cut(
     batch: int, height: int, width: int, channels: int
 ) -> Iterator[Tuple[slice, List[slice]]]:
-    """Cut a batch into groups of whole images, or images into rows.
+    """Split a batch into groups of whole images or into strips of rows.
 
     Args:
         batch (int): Number of images.
-        height (int): Rows of the grid.
-        width (int): Columns of the grid.
-        channels (int): Of the widest intermediate.
+        height (int): Number of rows of the grid.
+        width (int): Number of columns of the grid.
+        channels (int): Number of channels of the widest activation.
 
     Yields:
-        tuple[slice, list[slice]]: Images, and the rows to take in turn: all
-        at once where an image has no more than :data:`STRIP_NUMBERS`
-        numbers; else three rows at least, of one image.
+        tuple[slice, list[slice]]: Slice of images, and the slices of rows to
+        process in order. If the widest activation of an image has at most
+        :data:`STRIP_NUMBERS` elements, there is one slice with all rows.
+        Otherwise a single image is split into strips of at least three rows;
+        its last strip may have fewer.
     """
     images = STRIP_NUMBERS // (height * width * channels)
     if images >= 1:
         for first in range(0, batch, images):
             yield slice(first, min(first + images, batch)), [slice(0, height)]
         return
-    # Three: of the first, two remain for the window over the gradients.
+    # The minimum is three rows: after the row window of the activations, two
+    # rows of the first strip remain for the row window of the gradients.
     rows = max(3, STRIP_NUMBERS // (width * channels))
     strips = [
         slice(top, min(top + rows, height)) for top in range(0, height, rows)
@@ -88,27 +114,41 @@ def cut(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """``x @ weight.T + bias`` as a convolution of one pixel.
+    """Compute ``x @ weight.T + bias`` as a 1x1 convolution.
 
-    PyTorch takes products from MKL, which on other makers' processors leaves
-    the widest vector instructions unused, and convolutions from oneDNN, which
-    does not.
+    PyTorch computes matrix products with MKL, which does not use the widest
+    vector instructions on non-Intel CPUs, and convolutions with oneDNN, which
+    does.
 
     Args:
-        x (Tensor): ``(b, rows, w, C_in)``, contiguous.
-        weight (Tensor): ``(C_out, C_in)``.
-        bias (Tensor, optional): ``(C_out, )``. Defaults to None.
+        x (Tensor): Contiguous input of shape ``(b, rows, w, C_in)``.
+        weight (Tensor): Weight of shape ``(C_out, C_in)``.
+        bias (Tensor, optional): Bias of shape ``(C_out, )``. Defaults to
+            None.
 
     Returns:
-        Tensor: ``(b, rows, w, C_out)``.
+        Tensor: Output of shape ``(b, rows, w, C_out)``.
     """
+    # The weight is viewed as (C_out, C_in, 1, 1).
     return to_pixels(F.conv2d(to_channels(x), weight[:, :, None, None], bias))
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """``(b, rows, w, C)`` normalised over C, means, reciprocal deviations."""
+    """Apply a LayerNorm over the channels.
+
+    Args:
+        x (Tensor): Input of shape ``(b, rows, w, C)``.
+        weight (Tensor): Weight of shape ``(C, )``.
+        bias (Tensor): Bias of shape ``(C, )``.
+        eps (float): Value added to the variance.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Normalised tensor of the shape of
+        ``x``, and mean and reciprocal standard deviation, both of shape
+        ``(b, rows, w, 1)``.
+    """
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -120,46 +160,75 @@ def layer_norm_grads(
     weight: Tensor,
     bias: Tensor,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias of :func:`layer_norm`."""
+    """Compute the gradients of x, weight and bias of :func:`layer_norm`.
+
+    Args:
+        grad (Tensor): Gradient of the output, ``(b, rows, w, C)``.
+        x (Tensor): Input of the LayerNorm, ``(b, rows, w, C)``.
+        mean (Tensor): Mean returned by :func:`layer_norm`.
+        rstd (Tensor): Reciprocal standard deviation returned by
+            :func:`layer_norm`.
+        weight (Tensor): Weight of shape ``(C, )``.
+        bias (Tensor): Bias of shape ``(C, )``.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Gradients of x, weight and bias.
+    """
     return torch.ops.aten.native_layer_norm_backward(
         grad, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
     )
 
 
 def to_channels(x: Tensor) -> Tensor:
-    """``(b, rows, w, C)`` to ``(b, C, rows, w)``, channels last: no copy."""
+    """Permute to NCHW in channels-last memory format, without a copy."""
+    # (b, rows, w, C) -> (b, C, rows, w)
     return x.permute(0, 3, 1, 2)
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """``(b, C, rows, w)`` to ``(b, rows, w, C)``, contiguous."""
+    """Permute from NCHW to a contiguous NHWC tensor."""
+    # (b, C, rows, w) -> (b, rows, w, C)
     return x.permute(0, 2, 3, 1).contiguous()
 
 
 def sum_pixels(x: Tensor) -> Tensor:
-    """``(b, rows, w, C)`` to ``(C, )``."""
+    """Sum over images, rows and columns."""
+    # (b, rows, w, C) -> (b * rows * w, C) -> (C, )
     return x.flatten(0, 2).sum(dim=0)
 
 
 class GradSums:
-    """Gradients of weights, summed over strips.
+    """Accumulates the gradients of weights over strips.
 
-    The first strip's are taken as they are: where it is the only one, there
-    is nothing to fill with zeros and to add to.
+    The gradients of the first strip are stored without a copy, so no zero
+    initialisation and no addition are needed if there is only one strip.
     """
 
     def __init__(self):
         self._sums: Dict[str, Tensor] = {}
 
     def add(self, name: str, grad: Tensor) -> None:
-        """Add a gradient that nothing else holds."""
+        """Add a gradient.
+
+        Args:
+            name (str): Name of the weight.
+            grad (Tensor): Gradient of the weight. Takes ownership of the
+                tensor, which may be modified in place by later calls.
+        """
         if name in self._sums:
             self._sums[name].add_(grad)
         else:
             self._sums[name] = grad
 
     def add_product(self, name: str, grad: Tensor, x: Tensor) -> None:
-        """Add ``grad.T @ x``, both ``(b, rows, w, channels)``."""
+        """Add the weight gradient ``grad.T @ x`` of a linear layer.
+
+        Args:
+            name (str): Name of the weight.
+            grad (Tensor): Gradient of the output, ``(b, rows, w, C_out)``.
+            x (Tensor): Input of the layer, ``(b, rows, w, C_in)``.
+        """
+        # (b, rows, w, channels) -> (b * rows * w, channels)
         grad, x = grad.flatten(0, 2), x.flatten(0, 2)
         if name in self._sums:
             self._sums[name].addmm_(grad.t(), x)
@@ -167,18 +236,19 @@ class GradSums:
             self._sums[name] = grad.t() @ x
 
     def of(self, names: Tuple[str, ...]) -> List[Tensor]:
-        """The sums in the order of these names."""
+        """Return the accumulated gradients in the order of ``names``."""
         return [self._sums[name] for name in names]
 
 
 class RowWindow:
-    """Adds to each strip the row above it and the row below.
+    """Extends each strip by one row above and one row below.
 
-    The row below comes with the next strip, so a window runs a row behind:
-    after the strip of rows 0 to 7 it covers rows 0 to 6 and has 7 below.
+    The row below a strip is part of the next strip, so the output lags one
+    row behind the input: after the strip with rows 0 to 7, the window covers
+    rows 0 to 6, and row 7 is the row below them.
 
     Args:
-        height (int): Rows of the image.
+        height (int): Number of rows of the image.
     """
 
     def __init__(self, height: int):
@@ -186,27 +256,30 @@ class RowWindow:
         self.buffer: Optional[Tensor] = None
 
     def push(self, x: Tensor, rows: slice) -> Tuple[Tensor, slice, int]:
-        """Take the next strip.
+        """Add the next strip and return the window that it completes.
 
         Args:
-            x (Tensor): ``(b, n, w, C)``; of the first strip two rows at
-                least, unless it is the whole image. Others have two more at
-                most.
-            rows (slice): Which n rows of the image they are.
+            x (Tensor): Strip of shape ``(b, n, w, C)``. The first strip must
+                have at least two rows, unless it is the whole image. Later
+                strips may have up to two rows more than the first strip.
+            rows (slice): The n rows of the image that the strip contains.
 
         Returns:
-            tuple[Tensor, slice, int]: ``(b, m + 2, w, C)``, the m rows that
-            it covers, and 0, the padding that a 3x3 convolution needs above
-            and below. It is written over by the next call. Or, for a whole
-            image: the image, its rows, and 1.
+            tuple[Tensor, slice, int]: Window of shape ``(b, m + 2, w, C)``,
+            the m rows that it covers, and the vertical padding of a 3x3
+            convolution, which is 0. The window is a view of a buffer that the
+            next call overwrites. If the strip is the whole image, the strip
+            itself, its rows and a padding of 1 are returned.
         """
         if rows == slice(0, self.height):
             return x, rows, 1
         strip_rows = x.shape[1]
         first, last = rows.start == 0, rows.stop == self.height
         if first:
-            # The row above the image, the strip; later two rows of the strip
-            # before, the strip, and at last the row below the image.
+            # For the first strip, the buffer holds the zero row above the
+            # image at index 1, followed by the strip. For later strips, it
+            # holds the last two rows of the previous strip, followed by the
+            # strip. For the last strip, the zero row below the image follows.
             self.buffer = x.new_empty(len(x), strip_rows + 5, *x.shape[2:])
             self.buffer[:, 1] = 0
         else:

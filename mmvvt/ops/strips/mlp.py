@@ -1,9 +1,9 @@
-"""``x + MLP(LayerNorm(x))`` in strips, for CPUs.
+"""The MLP branch ``x + MLP(LayerNorm(x))``, computed in strips on CPUs.
 
-The hidden layer is up to 8 times as wide as its input. A strip at a time, it
-never leaves the caches; and the backward pass computes it again, which takes
-less time than to fetch it from memory. Where a whole image is small enough
-for that not to hold, its hidden layer is kept.
+The hidden layer has up to 8 times as many channels as the input. Computed in
+strips, its activations stay in the CPU caches. The backward pass recomputes
+them, which is faster than loading them from memory. If a whole image fits
+into one strip, its hidden activations are saved instead.
 """
 
 from typing import NamedTuple, Optional, Tuple
@@ -31,17 +31,17 @@ aten = torch.ops.aten
 
 
 class MLPWeights(NamedTuple):
-    """Weights of the branch, of C channels and a hidden layer of D.
+    """Weights of the MLP branch with C channels and D hidden channels.
 
     Attributes:
-        norm_weight (Tensor): ``(C, )``.
-        norm_bias (Tensor): ``(C, )``.
-        fc1_weight (Tensor): ``(D, C)``.
-        fc1_bias (Tensor): ``(D, )``.
-        dwconv_weight (Tensor): ``(D, 1, 3, 3)``.
-        dwconv_bias (Tensor): ``(D, )``.
-        fc2_weight (Tensor): ``(C, D)``.
-        fc2_bias (Tensor): ``(C, )``.
+        norm_weight (Tensor): LayerNorm weight of shape ``(C, )``.
+        norm_bias (Tensor): LayerNorm bias of shape ``(C, )``.
+        fc1_weight (Tensor): Weight of shape ``(D, C)``.
+        fc1_bias (Tensor): Bias of shape ``(D, )``.
+        dwconv_weight (Tensor): Weight of shape ``(D, 1, 3, 3)``.
+        dwconv_bias (Tensor): Bias of shape ``(D, )``.
+        fc2_weight (Tensor): Weight of shape ``(C, D)``.
+        fc2_bias (Tensor): Bias of shape ``(C, )``.
     """
 
     norm_weight: Tensor
@@ -57,7 +57,17 @@ class MLPWeights(NamedTuple):
 def _depthwise(
     window: Tensor, weight: Tensor, bias: Optional[Tensor], padding: int
 ) -> Tensor:
-    """``(b, m + 2 - 2 * padding, w, D)`` to ``(b, m, w, D)``."""
+    """Apply the depthwise 3x3 convolution to a window of rows.
+
+    Args:
+        window (Tensor): Input of shape ``(b, m + 2 - 2 * padding, w, D)``.
+        weight (Tensor): Weight of shape ``(D, 1, 3, 3)``.
+        bias (Tensor, optional): Bias of shape ``(D, )``.
+        padding (int): Vertical padding, 0 or 1. The horizontal padding is 1.
+
+    Returns:
+        Tensor: Output of shape ``(b, m, w, D)``.
+    """
     return to_pixels(
         F.conv2d(
             to_channels(window),
@@ -72,7 +82,17 @@ def _depthwise(
 def _depthwise_weight_grads(
     grad: Tensor, window: Tensor, weight: Tensor, padding: int
 ) -> Tuple[Tensor, Tensor]:
-    """Gradients of the weight and the bias of :func:`_depthwise`."""
+    """Compute the gradients of the weight and bias of :func:`_depthwise`.
+
+    Args:
+        grad (Tensor): Gradient of the output, ``(b, m, w, D)``.
+        window (Tensor): Input of shape ``(b, m + 2 - 2 * padding, w, D)``.
+        weight (Tensor): Weight of shape ``(D, 1, 3, 3)``.
+        padding (int): Vertical padding, 0 or 1.
+
+    Returns:
+        tuple[Tensor, Tensor]: Gradients of the weight and the bias.
+    """
     channels = window.shape[-1]
     return aten.convolution_backward(
         to_channels(grad),
@@ -97,10 +117,21 @@ def _forward(
     kept: Optional[list],
     out: Tensor,
 ) -> Tensor:
-    """Tokens ``(B, h, w, C)`` to the same; hidden layers are put in kept.
+    """Compute the MLP branch.
 
-    The result is put in ``out``, which may be ``x``: a row of it is written
-    after that of x was read.
+    Args:
+        x (Tensor): Images of shape ``(B, h, w, C)``.
+        weights (MLPWeights): Weights of the branch.
+        eps (float): Epsilon of the LayerNorm.
+        scale (Tensor, optional): Per-sample drop-path scale of shape
+            ``(B, 1, 1, 1)``.
+        kept (list, optional): List to which the hidden activations of images
+            that fit into one strip are appended. If None, none are saved.
+        out (Tensor): Output tensor of the shape of ``x``. It may be ``x``
+            itself, because each row is written after it has been read.
+
+    Returns:
+        Tensor: ``out``.
     """
     hidden_dims = weights.fc1_weight.shape[0]
     for images, strips in cut(*x.shape[:3], hidden_dims):
@@ -127,6 +158,8 @@ def _forward(
 
 
 class _MLPBranch(torch.autograd.Function):
+    """MLP branch that recomputes activations in the backward pass."""
+
     @staticmethod
     def forward(ctx, x, eps, scale, *weights):
         weights = MLPWeights(*weights)
@@ -144,7 +177,7 @@ class _MLPBranch(torch.autograd.Function):
         weights, kept = MLPWeights(*saved[:number]), iter(saved[number:])
         grad = grad.contiguous()
         hidden_dims = weights.fc1_weight.shape[0]
-        # The weights of the products and of the convolution backwards.
+        # Weights that map gradients of outputs to gradients of inputs.
         to_hidden = weights.fc2_weight.t().contiguous()  # (D, C)
         to_tokens = weights.fc1_weight.t().contiguous()  # (C, D)
         flipped = weights.dwconv_weight.flip(-2, -1)
@@ -189,7 +222,8 @@ class _MLPBranch(torch.autograd.Function):
                 grads.add('dwconv_weight', parts[0])
                 grads.add('dwconv_bias', parts[1])
 
-                # Another row behind, for the same convolution backwards.
+                # The input gradient of the convolution is a convolution with
+                # the flipped weight. Its window lags one more row behind.
                 hidden_grad, rows, padding = grad_window.push(mixed_grad, rows)
                 hidden_grad = _depthwise(hidden_grad, flipped, None, padding)
                 tokens = x[images, rows]
@@ -222,20 +256,28 @@ def mlp_branch(
     scale: Optional[Tensor] = None,
     inplace: bool = False,
 ) -> Tensor:
-    """``x + scale * fc2(gelu(dwconv(fc1(LayerNorm(x)))))``.
+    """Compute ``x + scale * fc2(gelu(dwconv(fc1(LayerNorm(x)))))`` in strips.
+
+    Double backward is not supported.
 
     Args:
-        x (Tensor): ``(B, N, C)`` on a CPU, tokens in row-major order.
-        spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
-        weights (MLPWeights): What x is multiplied with.
-        eps (float): Of the LayerNorm.
-        scale (Tensor, optional): ``(B, 1, 1)``, what stochastic depth leaves
-            of the branch. Defaults to None, all of it.
-        inplace (bool): Overwrite ``x`` where no backward pass may follow.
-            Defaults to False.
+        x (Tensor): Tokens of shape ``(B, N, C)`` on a CPU, in row-major
+            order.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)`` with h * w = N.
+        weights (MLPWeights): Weights of the branch.
+        eps (float): Epsilon of the LayerNorm.
+        scale (Tensor, optional): Per-sample drop-path scale of shape
+            ``(B, 1, 1)``. If None, the branch is not scaled. Defaults to
+            None.
+        inplace (bool): Whether to modify ``x`` in place if no gradient is
+            recorded. Defaults to False.
 
     Returns:
-        Tensor: ``(B, N, C)``. It can be differentiated once.
+        Tensor: Tokens of shape ``(B, N, C)``.
+
+    Raises:
+        RuntimeError: In the backward pass, if it runs with
+            ``create_graph=True``.
     """
     x, scale = to_images(x, spatial_shape, scale)
     if needs_custom_backward(x, *weights):

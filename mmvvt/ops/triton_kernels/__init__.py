@@ -1,1 +1,1 @@
-"""Triton kernels. Nothing here is imported before a kernel is to run."""
+"""Triton kernels, imported only when a kernel is launched."""

@@ -1,9 +1,10 @@
 r"""The ``triton`` backend of vicinity attention: fused kernels.
 
-Every locality is a sum of J products of a query's and a key's factor, its
-weight being :math:`\sum_j f_j(p) g_j(r)` (J is 4 for 'sum' and 'product', 2
-for '1d', 1 for 'none'; f and g are the same cosines and sines on the two
-grids). With q and k after the ReLU, and c the clamp, one head computes
+The vicinity weight of query p and key r is
+:math:`\sum_j f_j(p) g_j(r)`, a sum of J products of a query factor and a key
+factor. J is 4 for 'sum' and 'product', 2 for '1d' and 1 for 'none'; f and g
+are the cosine and sine factors on the query grid and the key grid. With q and
+k after the ReLU and the clamp c, one head computes
 
 .. math::
     S_j = \sum_r g_j(r) k_r^T v_r, \quad s_j = \sum_r g_j(r) k_r, \\
@@ -11,10 +12,10 @@ grids). With q and k after the ReLU, and c the clamp, one head computes
     z_p = 1 / (\sum_j f_j(p) q_p \cdot s_j + eps), \\
     o_p = c(c(n_p) c(z_p)).
 
-The forward pass takes the sums in one sweep over the keys and the output in
-one over the queries. For the backward pass let :math:`g_p` be the gradient of
-:math:`o_p` where the last clamp lets it through. Then, again up to the clamps'
-own gradients (1 inside the bounds, 0 outside),
+The forward pass computes the sums in one pass over the keys and the output in
+one pass over the queries. For the backward pass, let :math:`g_p` be the
+gradient of :math:`o_p`, set to zero where the last clamp is active. Then,
+omitting the gradients of the other clamps (1 inside the bounds, 0 outside),
 
 .. math::
     t_p = c(z_p) g_p, \quad \delta_p = -z_p^2 \, g_p \cdot c(n_p), \\
@@ -23,19 +24,23 @@ own gradients (1 inside the bounds, 0 outside),
     dk_r = \sum_j g_j(r) (v_r dS_j^T + ds_j), \quad
     dv_r = \sum_j g_j(r) k_r dS_j.
 
-dS and ds have the form of S and s, and come from the same kernel. Kept for
-the backward pass are q, k, v and the sums; numerator and normaliser are made
-anew.
+dS and ds have the same form as S and s and are computed by the same kernel.
+q, k, v and the sums are saved for the backward pass; the numerator and the
+normaliser are recomputed.
 
-Rounding: factors, clamps and sums are float32; what a matrix product takes
-depends on the inputs. Of bfloat16 inputs it takes bfloat16: q and v as they
-come, k times its factor rounded once (a factor rounded by itself would be one
-error common to all of a token), the clamped S, dS and t rounded. float16 has
-too few exponents for sums and gradients, so those products run in TF32, which
-holds a float16 exactly. Products of float32 are IEEE float32.
+Precision: factors, clamps and sums are computed in float32. The operands of
+the matrix products depend on the input dtype:
 
-Sums over blocks of tokens are written side by side and added in a fixed
-order: the same call gives the same bits.
+- bfloat16: The operands are bfloat16. q and v are used unchanged. The product
+  of k and its factor is rounded once, because rounding the factor itself would
+  give all channels of a token the same relative error. The clamped S, dS and t
+  are rounded.
+- float16: The exponent range of float16 is too small for sums and gradients,
+  so the products use TF32, which represents every float16 value exactly.
+- float32: The products use IEEE float32.
+
+The partial sums of the chunks of tokens are stored separately and added in a
+fixed order, so the results are bitwise deterministic.
 """
 
 import math
@@ -62,23 +67,25 @@ from .common import (
 _HALF_PI = tl.constexpr(math.pi / 2)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# Grids and chunk counts change from call to call; to compile anew for a 1 or
-# a multiple of 16 among them would gain nothing.
+# Grids and chunk counts vary between calls. Specialising the kernels for
+# values of 1 or multiples of 16 would cause recompilation without a speedup.
 _SIZES = ['heads', 'tokens', 'h', 'w']
 
 
 @triton.jit
 def _angle(index, length):
-    # The two roundings of angles.axis_angles, in its order.
+    # Same order of operations, and thus the same rounding, as
+    # angles.axis_angles.
     return tl.div_rn(index.to(tl.float32) * _HALF_PI, length.to(tl.float32))
 
 
 @triton.jit
 def _sine(x):
-    """Sine within [0, pi / 2], to float32.
+    """Sine of x in [0, pi / 2] radians, with float32 accuracy.
 
-    Seven terms of Taylor's series: the eighth is below 1e-9. The library's
-    sine carries code for any angle, and a stack for it.
+    Uses seven terms of the Taylor series; the eighth term is below 1e-9. The
+    range reduction of ``tl.sin`` for large angles needs additional code and
+    stack memory.
     """
     square = x * x
     tail = 1 / 6227020800 * square - 1 / 39916800
@@ -91,13 +98,17 @@ def _sine(x):
 
 @triton.jit
 def _cosine(x):
-    # pi / 2 in two parts: near pi / 2 the cosine is what is left of it.
+    # pi / 2 is subtracted as the sum of two float32 constants, because the
+    # cosine is close to pi / 2 - x near pi / 2.
     return _sine((-x + _HALF_PI) - 4.371139e-8)
 
 
 @triton.jit
 def _tables(token, tokens, h, w, LOCALITY: tl.constexpr):
-    """Cosine and sine along rows (or the sequence), then along columns."""
+    """Cosines and sines of the row angles and of the column angles.
+
+    For '1d', both are those of the angles along the sequence.
+    """
     if LOCALITY == '1d':
         a = _angle(token, tokens)
         b = a
@@ -133,26 +144,38 @@ def _relu(x):
 def _dot(x, y, acc, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     x, y = cast(x, PRODUCT), cast(y, PRODUCT)
     if PRECISION == 'tf32' and PRODUCT == tl.float32:
-        # The tensor cores drop these bits.
+        # Tensor cores truncate these bits, so round to nearest first.
         x, y = round_bits(x, 13), round_bits(y, 13)
-    if _INTERPRETED:  # it would multiply the bits of a bfloat16
+    if _INTERPRETED:  # its tl.dot does not support bfloat16
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _head_offset(pair, heads, stride_b, stride_h, ALIGN: tl.constexpr):
-    """Where one head of one image begins; `pair` is image * heads + head."""
+def _head_offset(
+    pair,  # int, image * heads + head
+    heads,  # number of heads
+    stride_b,  # stride of the batch axis
+    stride_h,  # stride of the head axis
+    ALIGN: tl.constexpr,  # power of two that divides both strides
+):
+    """Offset of the first element of one head of one image."""
     pair = pair.to(tl.int64)
     offset = pair // heads * stride_b + pair % heads * stride_h
-    # A stride of 40 is no multiple of 16, but 16-byte loads need to know
-    # that it is one of 8.
+    # Triton only detects strides that are multiples of 16. The hint allows
+    # 16-byte loads for others too, such as 40, which is a multiple of 8.
     return tl.multiple_of(offset, ALIGN)
 
 
 @triton.jit
-def _tile(pointer, token, column, stride_n, stride_d):
-    # (tokens, columns)
+def _tile(
+    pointer,  # (N, d) with any strides, any dtype
+    token,  # (tokens,), int32, token indices
+    column,  # (columns,), int32, channel indices
+    stride_n,  # stride of the token axis
+    stride_d,  # stride of the channel axis
+):
+    # Pointers of shape (tokens, columns)
     return (
         pointer
         + token[:, None].to(tl.int64) * stride_n
@@ -162,38 +185,39 @@ def _tile(pointer, token, column, stride_n, stride_d):
 
 @triton.jit(do_not_specialize=_SIZES + ['chunk', 'chunks'])
 def _partial_sums(
-    x_ptr,
-    y_ptr,
-    weight_ptr,
-    partial_ptr,
-    x_b,
-    x_h,
-    x_n,
-    x_d,
-    y_b,
-    y_h,
-    y_n,
-    y_d,
-    heads,
-    tokens,
-    h,
-    w,
-    chunk,
-    chunks,
-    d: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FACTORS: tl.constexpr,
-    LOCALITY: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_ptr,  # (B, heads, N, d), input dtype, before the ReLU
+    y_ptr,  # (B, heads, N, d), input dtype or float32
+    weight_ptr,  # (B * heads, N), float32, or None
+    partial_ptr,  # (chunks, B * heads, J * d * d + J * d), float32
+    x_b,  # stride of x: batch
+    x_h,  # stride of x: head
+    x_n,  # stride of x: token
+    x_d,  # stride of x: channel
+    y_b,  # stride of y: batch
+    y_h,  # stride of y: head
+    y_n,  # stride of y: token
+    y_d,  # stride of y: channel
+    heads,  # number of heads
+    tokens,  # number of tokens N, N = h * w
+    h,  # rows of the grid
+    w,  # columns of the grid
+    chunk,  # tokens per program, a multiple of TOKENS
+    chunks,  # number of chunks per head
+    d: tl.constexpr,  # channels per head
+    D: tl.constexpr,  # d rounded up to a power of two, at least 16
+    E: tl.constexpr,  # channels per block of columns, at most D
+    TOKENS: tl.constexpr,  # tokens loaded at once
+    FACTORS: tl.constexpr,  # number of factors J: 4, 2 or 1
+    LOCALITY: tl.constexpr,  # 'sum', 'product', '1d' or 'none'
+    WEIGHTED: tl.constexpr,  # whether weight_ptr is used
+    ALIGN: tl.constexpr,  # power of two that divides batch, head strides
+    PRODUCT: tl.constexpr,  # dtype of matrix product operands
+    PRECISION: tl.constexpr,  # input_precision of tl.dot: 'ieee', 'tf32'
 ):
-    """Sums over a chunk of tokens, for one head and E columns of y:
+    """Compute the sums over a chunk of tokens, for one head and E columns.
 
-    ``S_j = sum f_j relu(x)^T y`` and ``s_j = sum f_j weight relu(x)``.
+    ``S_j = sum f_j relu(x)^T y`` and ``s_j = sum f_j weight relu(x)``. The
+    weights are 1 if ``WEIGHTED`` is False.
     """
     pair = tl.program_id(0) // chunks
     part = tl.program_id(0) % chunks
@@ -250,7 +274,7 @@ def _partial_sums(
                 kv_3 = _dot(tl.trans(scaled), y, kv_3, PRODUCT, PRECISION)
                 k_3 += key
 
-    # (chunks, B * heads, J * d * d + J * d): all S_j, then all s_j
+    # (chunks, B * heads, J * d * d + J * d): all S_j, followed by all s_j
     pairs = tl.num_programs(0) // chunks
     partial_ptr += (part.to(tl.int64) * pairs + pair) * (FACTORS * d * (d + 1))
     kv_ptr = partial_ptr + rows[:, None] * d + columns[None, :]
@@ -272,7 +296,12 @@ def _partial_sums(
 
 @triton.jit
 def _load_sums(
-    sums_ptr, j, rows, columns, d: tl.constexpr, CLAMP: tl.constexpr
+    sums_ptr,  # (J * d * d + J * d,), float32, of one head
+    j,  # index of the factor, 0 <= j < J
+    rows,  # (D,), int32, channel indices
+    columns,  # (E,), int32, channel indices
+    d: tl.constexpr,  # channels per head
+    CLAMP: tl.constexpr,  # whether the sums are clamped
 ):
     sums = tl.load(
         sums_ptr + j * d * d + rows[:, None] * d + columns[None, :],
@@ -284,17 +313,17 @@ def _load_sums(
 
 @triton.jit
 def _mix_key_sums(
-    sums_ptr,
-    rows,
-    cos_a,
-    sin_a,
-    cos_b,
-    sin_b,
-    d: tl.constexpr,
-    FACTORS: tl.constexpr,
-    LOCALITY: tl.constexpr,
+    sums_ptr,  # (J * d * d + J * d,), float32, of one head
+    rows,  # (D,), int32, channel indices
+    cos_a,  # (tokens,), float32, cosine, first axis
+    sin_a,  # (tokens,), float32, sine, first axis
+    cos_b,  # (tokens,), float32, cosine, second axis
+    sin_b,  # (tokens,), float32, sine, second axis
+    d: tl.constexpr,  # channels per head
+    FACTORS: tl.constexpr,  # number of factors J: 4, 2 or 1
+    LOCALITY: tl.constexpr,  # 'sum', 'product', '1d' or 'none'
 ):
-    """``sum_j f_j s_j`` for each token, ``(tokens, D)``."""
+    """Compute ``sum_j f_j s_j`` for each token, of shape ``(tokens, D)``."""
     mixed = tl.zeros((cos_a.shape[0], rows.shape[0]), tl.float32)
     for j in tl.static_range(FACTORS):
         key = tl.load(
@@ -307,33 +336,35 @@ def _mix_key_sums(
 
 @triton.jit
 def _normaliser(q, key, eps, real):
-    # 1 / 0 beyond the last token would reach the sums as NaN.
+    # The sum of weights of padding tokens can be 0. It is replaced by 1,
+    # because 1 / 0 would result in NaN in the sums.
     weight = tl.where(real, tl.sum(q * key, axis=1) + eps, 1.0)
     return tl.div_rn(1.0, weight)
 
 
 @triton.jit
 def _through_sums(
-    x,
-    sums_ptr,
-    columns,
-    cos_a,
-    sin_a,
-    cos_b,
-    sin_b,
-    d: tl.constexpr,
-    D: tl.constexpr,
-    FACTORS: tl.constexpr,
-    LOCALITY: tl.constexpr,
-    CLAMP: tl.constexpr,
-    BACK: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x,  # (tokens, D), or (tokens, E) if BACK
+    sums_ptr,  # (J * d * d + J * d,), float32, of one head
+    columns,  # (E,), int32, channel indices
+    cos_a,  # (tokens,), float32, cosine, first axis
+    sin_a,  # (tokens,), float32, sine, first axis
+    cos_b,  # (tokens,), float32, cosine, second axis
+    sin_b,  # (tokens,), float32, sine, second axis
+    d: tl.constexpr,  # channels per head
+    D: tl.constexpr,  # d rounded up to a power of two, at least 16
+    FACTORS: tl.constexpr,  # number of factors J: 4, 2 or 1
+    LOCALITY: tl.constexpr,  # 'sum', 'product', '1d' or 'none'
+    CLAMP: tl.constexpr,  # whether the S_j are clamped
+    BACK: tl.constexpr,  # whether to multiply by the transposed S_j
+    PRODUCT: tl.constexpr,  # dtype of matrix product operands
+    PRECISION: tl.constexpr,  # input_precision of tl.dot: 'ieee', 'tf32'
 ):
-    """``sum_j f_j x S_j``, or with the transpose of S_j on the way back.
+    """Compute ``sum_j f_j x S_j``, or ``sum_j f_j x S_j^T`` if BACK.
 
-    A loop that is not unrolled: IEEE products take their operands from
-    registers, and those of one j fit. The others load the next S_j ahead.
+    The loop over j is not unrolled. IEEE products read their operands from
+    registers, which only have room for one S_j at a time. The other products
+    use a software pipeline that prefetches the next S_j.
     """
     STAGES: tl.constexpr = 1 if PRECISION == 'ieee' else 3
     rows = tl.arange(0, D)
@@ -357,37 +388,37 @@ def _through_sums(
 
 @triton.jit(do_not_specialize=_SIZES + ['chunk', 'chunks'])
 def _output(
-    q_ptr,
-    sums_ptr,
-    out_ptr,
-    q_b,
-    q_h,
-    q_n,
-    q_d,
-    o_b,
-    o_h,
-    o_n,
-    o_d,
-    heads,
-    tokens,
-    h,
-    w,
-    chunk,
-    chunks,
-    eps,
-    d: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FACTORS: tl.constexpr,
-    LOCALITY: tl.constexpr,
-    CLAMP: tl.constexpr,
-    HOIST: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr,  # (B, heads, N, d), input dtype, before the ReLU
+    sums_ptr,  # (B * heads, J * d * d + J * d), float32
+    out_ptr,  # (B, heads, N, d), input dtype
+    q_b,  # stride of q: batch
+    q_h,  # stride of q: head
+    q_n,  # stride of q: token
+    q_d,  # stride of q: channel
+    o_b,  # stride of out: batch
+    o_h,  # stride of out: head
+    o_n,  # stride of out: token
+    o_d,  # stride of out: channel
+    heads,  # number of heads
+    tokens,  # number of tokens N, N = h * w
+    h,  # rows of the grid
+    w,  # columns of the grid
+    chunk,  # tokens per program, a multiple of TOKENS
+    chunks,  # number of chunks per head
+    eps,  # float, added to the sum of weights
+    d: tl.constexpr,  # channels per head
+    D: tl.constexpr,  # d rounded up to a power of two, at least 16
+    E: tl.constexpr,  # channels per block of columns, at most D
+    TOKENS: tl.constexpr,  # tokens loaded at once
+    FACTORS: tl.constexpr,  # number of factors J: 4, 2 or 1
+    LOCALITY: tl.constexpr,  # 'sum', 'product', '1d' or 'none'
+    CLAMP: tl.constexpr,  # whether the clamps are applied
+    HOIST: tl.constexpr,  # whether the S_j are loaded once, before the loop
+    ALIGN: tl.constexpr,  # power of two that divides batch, head strides
+    PRODUCT: tl.constexpr,  # dtype of matrix product operands
+    PRECISION: tl.constexpr,  # input_precision of tl.dot: 'ieee', 'tf32'
 ):
-    """E columns of the output, for a chunk of one head's tokens."""
+    """Compute E columns of the output for a chunk of tokens of one head."""
     pair = tl.program_id(0) // chunks
     part = tl.program_id(0) % chunks
     rows = tl.arange(0, D)
@@ -469,46 +500,46 @@ def _output(
 
 @triton.jit(do_not_specialize=_SIZES + ['tiles'])
 def _query_gradient(
-    q_ptr,
-    sums_ptr,
-    grad_ptr,
-    dq_ptr,
-    t_ptr,
-    delta_ptr,
-    q_b,
-    q_h,
-    q_n,
-    q_d,
-    g_b,
-    g_h,
-    g_n,
-    g_d,
-    dq_b,
-    dq_h,
-    dq_n,
-    dq_d,
-    t_b,
-    t_h,
-    t_n,
-    t_d,
-    heads,
-    tokens,
-    h,
-    w,
-    tiles,
-    eps,
-    d: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FACTORS: tl.constexpr,
-    LOCALITY: tl.constexpr,
-    CLAMP: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr,  # (B, heads, N, d), input dtype, before the ReLU
+    sums_ptr,  # (B * heads, J * d * d + J * d), float32
+    grad_ptr,  # (B, heads, N, d), input dtype, gradient of out
+    dq_ptr,  # (B, heads, N, d), input dtype, output
+    t_ptr,  # (B, heads, N, d), bfloat16 or float32, output
+    delta_ptr,  # (B * heads, N), float32, output
+    q_b,  # stride of q: batch
+    q_h,  # stride of q: head
+    q_n,  # stride of q: token
+    q_d,  # stride of q: channel
+    g_b,  # stride of grad: batch
+    g_h,  # stride of grad: head
+    g_n,  # stride of grad: token
+    g_d,  # stride of grad: channel
+    dq_b,  # stride of dq: batch
+    dq_h,  # stride of dq: head
+    dq_n,  # stride of dq: token
+    dq_d,  # stride of dq: channel
+    t_b,  # stride of t: batch
+    t_h,  # stride of t: head
+    t_n,  # stride of t: token
+    t_d,  # stride of t: channel
+    heads,  # number of heads
+    tokens,  # number of tokens N, N = h * w
+    h,  # rows of the grid
+    w,  # columns of the grid
+    tiles,  # number of tiles per head
+    eps,  # float, added to the sum of weights
+    d: tl.constexpr,  # channels per head
+    D: tl.constexpr,  # d rounded up to a power of two, at least 16
+    E: tl.constexpr,  # channels per block of columns, at most D
+    TOKENS: tl.constexpr,  # tokens per program
+    FACTORS: tl.constexpr,  # number of factors J: 4, 2 or 1
+    LOCALITY: tl.constexpr,  # 'sum', 'product', '1d' or 'none'
+    CLAMP: tl.constexpr,  # whether the clamps are applied
+    ALIGN: tl.constexpr,  # power of two that divides batch, head strides
+    PRODUCT: tl.constexpr,  # dtype of matrix product operands
+    PRECISION: tl.constexpr,  # input_precision of tl.dot: 'ieee', 'tf32'
 ):
-    """dq, t and delta (see the top of the file) of a tile of tokens."""
+    """Compute dq, t and delta of a tile of tokens (see module docstring)."""
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     rows = tl.arange(0, D)
@@ -599,43 +630,43 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=_SIZES + ['tiles'])
 def _key_gradient(
-    k_ptr,
-    v_ptr,
-    dsums_ptr,
-    dk_ptr,
-    dv_ptr,
-    k_b,
-    k_h,
-    k_n,
-    k_d,
-    v_b,
-    v_h,
-    v_n,
-    v_d,
-    dk_b,
-    dk_h,
-    dk_n,
-    dk_d,
-    dv_b,
-    dv_h,
-    dv_n,
-    dv_d,
-    heads,
-    tokens,
-    h,
-    w,
-    tiles,
-    d: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FACTORS: tl.constexpr,
-    LOCALITY: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    k_ptr,  # (B, heads, N, d), input dtype, before the ReLU
+    v_ptr,  # (B, heads, N, d), input dtype
+    dsums_ptr,  # (B * heads, J * d * d + J * d), float32
+    dk_ptr,  # (B, heads, N, d), input dtype, output
+    dv_ptr,  # (B, heads, N, d), input dtype, output
+    k_b,  # stride of k: batch
+    k_h,  # stride of k: head
+    k_n,  # stride of k: token
+    k_d,  # stride of k: channel
+    v_b,  # stride of v: batch
+    v_h,  # stride of v: head
+    v_n,  # stride of v: token
+    v_d,  # stride of v: channel
+    dk_b,  # stride of dk: batch
+    dk_h,  # stride of dk: head
+    dk_n,  # stride of dk: token
+    dk_d,  # stride of dk: channel
+    dv_b,  # stride of dv: batch
+    dv_h,  # stride of dv: head
+    dv_n,  # stride of dv: token
+    dv_d,  # stride of dv: channel
+    heads,  # number of heads
+    tokens,  # number of keys N, N = h * w
+    h,  # rows of the key grid
+    w,  # columns of the key grid
+    tiles,  # number of tiles per head
+    d: tl.constexpr,  # channels per head
+    D: tl.constexpr,  # d rounded up to a power of two, at least 16
+    E: tl.constexpr,  # channels per block of columns, at most D
+    TOKENS: tl.constexpr,  # tokens per program
+    FACTORS: tl.constexpr,  # number of factors J: 4, 2 or 1
+    LOCALITY: tl.constexpr,  # 'sum', 'product', '1d' or 'none'
+    ALIGN: tl.constexpr,  # power of two that divides batch, head strides
+    PRODUCT: tl.constexpr,  # dtype of matrix product operands
+    PRECISION: tl.constexpr,  # input_precision of tl.dot: 'ieee', 'tf32'
 ):
-    """dk and dv of a tile of tokens."""
+    """Compute dk and dv of a tile of tokens (see the module docstring)."""
     pair = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     rows = tl.arange(0, D)
@@ -706,7 +737,8 @@ def _key_gradient(
     )
 
 
-# Tokens of a tile, in the kernels of sums, output and gradients.
+# Number of tokens loaded at once by the kernels that compute the sums, the
+# output and the gradients, respectively.
 _TILES = {
     torch.bfloat16: (64, 64, 64),
     torch.float16: (32, 32, 32),
@@ -715,11 +747,19 @@ _TILES = {
 
 
 def _settings(q: Tensor, locality: str) -> dict:
-    """What all kernels over tokens are compiled with."""
+    """Return the constexpr arguments and options shared by all kernels here.
+
+    Args:
+        q (Tensor): Queries of shape ``(B, heads, N, d)``.
+        locality (str): 'sum', 'product', '1d' or 'none'.
+
+    Returns:
+        dict: Keyword arguments of the kernel launches.
+    """
     d = q.shape[-1]
-    width = max(16, triton.next_power_of_2(d))  # tl.dot wants 16 at least
-    # The J * D * E sums of a program live in registers: 16 384 at most, 64
-    # for each of 256 threads.
+    width = max(16, triton.next_power_of_2(d))  # tl.dot needs >= 16
+    # A program keeps its J * D * E sums in registers: at most 16384 elements,
+    # which is 64 for each of 256 threads.
     columns = min(width, 4096 // width)
     return dict(
         d=d,
@@ -734,33 +774,52 @@ def _settings(q: Tensor, locality: str) -> dict:
 
 
 def _align(*tensors: Tensor) -> int:
-    """Largest power of two, up to 16, that divides where heads begin."""
+    """Largest power of two, up to 16, that divides all head offsets.
+
+    The offset of a head is a sum of multiples of the strides of the batch and
+    head axes, in elements.
+    """
     return math.gcd(16, *(t.stride(i) for t in tensors for i in (0, 1)))
 
 
 def _new_like(t: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """Uninitialised, in the memory order of tokens: ``(B, N, heads, d)``."""
+    """Allocate an uninitialised tensor of the same shape as ``t``.
+
+    Args:
+        t (Tensor): Tensor of shape ``(B, heads, N, d)``.
+        dtype (torch.dtype, optional): Data type. Defaults to that of ``t``.
+
+    Returns:
+        Tensor: Tensor of shape ``(B, heads, N, d)``, stored in memory as
+        ``(B, N, heads, d)``.
+    """
     b, heads, n, d = t.shape
     # (B, N, heads, d) -> (B, heads, N, d)
     return t.new_empty((b, n, heads, d), dtype=dtype).transpose(1, 2)
 
 
 def _take_sums(x, y, weight, grid_shape, settings, forward=None) -> Tensor:
-    """Sums over all tokens, ``(B * heads, J * d * d + J * d)``, float32.
+    """Compute the sums ``S_j`` and ``s_j`` over all tokens.
 
     Args:
-        x (Tensor): ``(B, heads, N, d)`` before the ReLU.
-        y (Tensor): ``(B, heads, N, d)``.
-        weight (Tensor, optional): ``(B * heads, N)``, of the sums of x.
-        grid_shape (tuple[int, int]): Grid, N = h * w.
+        x (Tensor): Tensor of shape ``(B, heads, N, d)``, before the ReLU.
+        y (Tensor): Tensor of shape ``(B, heads, N, d)``.
+        weight (Tensor, optional): Weights of the tokens in ``s_j``, of shape
+            ``(B * heads, N)``. None means 1.
+        grid_shape (tuple[int, int]): Grid ``(h, w)``, N = h * w.
         settings (dict): See :func:`_settings`.
-        forward (Tensor, optional): The forward pass's sums, whose clamp
-            decides which of these are 0.
+        forward (Tensor, optional): Sums of the forward pass, of the same
+            shape as the result. Elements of the result are set to 0 where
+            the forward sums ``S_j`` were clamped. Defaults to None.
+
+    Returns:
+        Tensor: float32 tensor of shape
+        ``(B * heads, J * d * d + J * d)``.
     """
     b, heads, n, d = x.shape
     pairs, blocks = b * heads, triton.cdiv(d, settings['E'])
-    # A chunk writes J * d * E numbers, as many as hundreds of tokens have:
-    # no more chunks than fill the device.
+    # A chunk writes J * d * E elements, as many as hundreds of tokens have, so
+    # the number of chunks is limited to what is needed to fill the device.
     tile = _TILES[x.dtype][0]
     chunk, chunks = split(n, tile, num_programs(x.device) // (pairs * blocks))
     length = settings['FACTORS'] * d * (d + 1)
@@ -802,7 +861,8 @@ def _forward(
     sums = _take_sums(k, v, None, key_shape, settings)
     out = _new_like(q)
     blocks = triton.cdiv(settings['d'], settings['E'])
-    # Four times as many programs as fill the device even out its load.
+    # Launching four times as many programs as multiprocessors balances the
+    # load.
     tile = _TILES[q.dtype][1]
     chunk, chunks = split(
         n, tile, 4 * num_programs(q.device) // (b * heads * blocks)
@@ -854,7 +914,7 @@ def _backward(
     b, heads, n, _ = q.shape
     settings = _settings(q, locality)
     dq, dk, dv = (_new_like(t) for t in (q, k, v))
-    # t has no bounds that float16 could keep.
+    # The values of t can exceed the range of float16.
     t = _new_like(
         q, torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     )
@@ -936,20 +996,24 @@ def linear_attention(
     clamp: bool,
     eps: float,
 ) -> Tensor:
-    """Linear vicinity attention, on a GPU or in Triton's interpreter.
+    """Linear vicinity attention on a GPU or in Triton's interpreter.
 
     Args:
-        q (Tensor): ``(B, heads, N, d)`` before the ReLU, d at most 128, of
-            any strides; float32, bfloat16 or float16, as k and v.
-        k (Tensor): ``(B, heads, M, d)`` before the ReLU.
-        v (Tensor): ``(B, heads, M, d)``.
-        query_shape (tuple[int, int]): Query grid, N = h * w.
-        key_shape (tuple[int, int]): Key grid, M = h * w.
+        q (Tensor): Queries of shape ``(B, heads, N, d)``, before the ReLU, in
+            float32, bfloat16 or float16. d must be at most 128. The strides
+            are arbitrary.
+        k (Tensor): Keys of shape ``(B, heads, M, d)``, before the ReLU, in
+            the dtype of ``q``.
+        v (Tensor): Values of shape ``(B, heads, M, d)``, in the dtype of
+            ``q``.
+        query_shape (tuple[int, int]): Query grid ``(h, w)``, N = h * w.
+        key_shape (tuple[int, int]): Key grid ``(h, w)``, M = h * w.
         locality (str): 'sum', 'product', '1d' or 'none'.
-        clamp (bool): Apply the clamps of the published models.
-        eps (float): Added to the sum of weights.
+        clamp (bool): Whether to apply the clamps of the published models.
+        eps (float): Value added to the sum of weights.
 
     Returns:
-        Tensor: ``(B, heads, N, d)``, in memory ``(B, N, heads, d)``.
+        Tensor: Output of shape ``(B, heads, N, d)``, stored in memory as
+        ``(B, N, heads, d)``.
     """
     return _forward(q, k, v, query_shape, key_shape, locality, clamp, eps)[0]

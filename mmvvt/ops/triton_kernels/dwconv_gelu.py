@@ -1,18 +1,19 @@
-r"""Depthwise 3x3 convolution, bias and exact GELU over tokens, fused.
+r"""Fused depthwise 3x3 convolution, bias and exact GELU over tokens.
 
-A token's channels lie side by side, so a program takes a strip of the grid,
-a few columns wide, with some of the channels, and walks down its rows. It
-keeps three rows, each at the three horizontal shifts; each row comes from
-memory once (the shifts come from the cache).
+The channels of a token are contiguous in memory. A program processes a strip
+of the grid, a few columns wide, for a block of channels, from top to bottom.
+It keeps three rows in registers, each at three horizontal shifts. Each row is
+read from global memory once; the shifted loads hit the cache.
 
-For the backward pass the sum s before the GELU is made anew. With
-:math:`g = dy \, gelu'(s)`, the gradient of the bias is the sum of g, that of
-each weight the sum of g times its shifted input, and that of the input the
-convolution of g with the kernel turned by half a turn. The sums for weights
-and bias are taken over strips, written side by side and added in a fixed
-order: the same call gives the same bits.
+In the backward pass, the input s of the GELU is recomputed. With
+:math:`g = dy \, gelu'(s)`, the gradient of the bias is the sum of g, the
+gradient of each weight is the sum of g times the shifted input, and the
+gradient of the input is the convolution of g with the kernel rotated by 180
+degrees. The partial sums for weights and bias are stored separately for each
+chunk of strips and added in a fixed order, so the results are bitwise
+deterministic.
 
-All arithmetic is float32; g is kept in the type of the input.
+All arithmetic is float32; g is stored in the dtype of the input.
 """
 
 import math
@@ -29,9 +30,9 @@ _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
 _SIZES = ['h', 'w', 'across', 'down', 'height']
 
-# Columns and channels of a strip: 128 threads with 8 numbers each, or 4
-# where ten sums are kept for each number. A strip's rows are read twice at
-# its two ends only: 2 of 18.
+# Size of a strip. Each of 128 threads processes 8 elements of a row, or 4 in
+# the backward pass, which keeps ten sums per element. A strip of 16 rows reads
+# 18 rows, of which the first and the last also belong to its neighbours.
 _COLUMNS = 8
 _CHANNELS = 128
 _CHANNELS_BACKWARD = 64
@@ -39,8 +40,16 @@ _HEIGHT = 16
 
 
 @triton.jit
-def _load_token(x_ptr, row, column, channel, h, w, C: tl.constexpr):
-    # 0 outside of the grid; (columns, channels)
+def _load_token(
+    x_ptr,  # (h * w, C), contiguous, of one image
+    row,  # int, row of the grid
+    column,  # (COLUMNS,), int32, columns of the grid
+    channel,  # (CHANNELS,), int32, channel indices
+    h,  # rows of the grid
+    w,  # columns of the grid
+    C: tl.constexpr,  # number of channels
+):
+    # Tile of shape (COLUMNS, CHANNELS), 0 outside of the grid
     real = (column >= 0) & (column < w) & (row >= 0) & (row < h)
     token = (row * w + column).to(tl.int64)
     return tl.load(
@@ -51,8 +60,16 @@ def _load_token(x_ptr, row, column, channel, h, w, C: tl.constexpr):
 
 
 @triton.jit
-def _load_row(x_ptr, row, column, channel, h, w, C: tl.constexpr):
-    """A row of the grid under the left, middle and right weights."""
+def _load_row(
+    x_ptr,  # (h * w, C), contiguous, of one image
+    row,  # int, row of the grid
+    column,  # (COLUMNS,), int32, columns of the grid
+    channel,  # (CHANNELS,), int32, channel indices
+    h,  # rows of the grid
+    w,  # columns of the grid
+    C: tl.constexpr,  # number of channels
+):
+    """Load a row of the grid, shifted for the left, middle, right weights."""
     return (
         _load_token(x_ptr, row, column - 1, channel, h, w, C),
         _load_token(x_ptr, row, column, channel, h, w, C),
@@ -62,9 +79,13 @@ def _load_row(x_ptr, row, column, channel, h, w, C: tl.constexpr):
 
 @triton.jit
 def _load_weights(
-    weight_ptr, row: tl.constexpr, channel, C: tl.constexpr, TURN: tl.constexpr
+    weight_ptr,  # (C, 3, 3), contiguous, floating point
+    row: tl.constexpr,  # row of the kernel: 0, 1 or 2
+    channel,  # (CHANNELS,), int32, channel indices
+    C: tl.constexpr,  # number of channels
+    TURN: tl.constexpr,  # whether to rotate the kernel by 180 degrees
 ):
-    """A row of the kernel, which is ``(C, 3, 3)``: three ``(1, C)``."""
+    """Load a row of the kernel: three tensors of shape ``(1, CHANNELS)``."""
     first: tl.constexpr = 8 - 3 * row if TURN else 3 * row
     step: tl.constexpr = -1 if TURN else 1
     at = weight_ptr + channel * 9 + first
@@ -77,7 +98,7 @@ def _load_weights(
 
 @triton.jit
 def _strip(item, h, across, down, height, COLUMNS: tl.constexpr):
-    """Image, first row, row after the last, and columns of a strip."""
+    """Return image, first row, end row (exclusive) and columns of a strip."""
     image = item // (across * down)
     top = item // across % down * height
     column = item % across * COLUMNS + tl.arange(0, COLUMNS)
@@ -86,22 +107,22 @@ def _strip(item, h, across, down, height, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _convolve(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    h,
-    w,
-    across,
-    down,
-    height,
-    C: tl.constexpr,
-    GELU: tl.constexpr,
-    TURN: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    x_ptr,  # (B, h * w, C), contiguous, floating point
+    weight_ptr,  # (C, 3, 3), contiguous, floating point
+    bias_ptr,  # (C,), floating point
+    y_ptr,  # (B, h * w, C), contiguous, dtype of x, output
+    h,  # rows of the grid
+    w,  # columns of the grid
+    across,  # number of strips along the width
+    down,  # number of strips along the height
+    height,  # rows of a strip
+    C: tl.constexpr,  # number of channels
+    GELU: tl.constexpr,  # whether to apply bias and GELU
+    TURN: tl.constexpr,  # whether to rotate the kernel by 180 degrees
+    COLUMNS: tl.constexpr,  # columns of a strip, a power of two
+    CHANNELS: tl.constexpr,  # channels of a strip, a power of two
 ):
-    """One strip of the convolution, with bias and GELU or with neither."""
+    """Compute one strip of the convolution, optionally with bias and GELU."""
     image, top, bottom, column = _strip(
         tl.program_id(0), h, across, down, height, COLUMNS
     )
@@ -143,31 +164,38 @@ def _convolve(
 
 
 @triton.jit
-def _store_sum(total, at, channel, C: tl.constexpr):
+def _store_sum(
+    total,  # (COLUMNS, CHANNELS), float32
+    at,  # pointer to (C,), float32, output
+    channel,  # (CHANNELS,), int32, channel indices
+    C: tl.constexpr,  # number of channels
+):
     tl.store(at + channel, tl.sum(total, axis=0), mask=channel < C)
 
 
 @triton.jit(do_not_specialize=_SIZES + ['items', 'chunk'])
 def _sum_gradient(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    dy_ptr,
-    g_ptr,
-    partial_ptr,
-    h,
-    w,
-    across,
-    down,
-    height,
-    items,
-    chunk,
-    C: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    x_ptr,  # (B, h * w, C), contiguous, floating point
+    weight_ptr,  # (C, 3, 3), contiguous, floating point
+    bias_ptr,  # (C,), floating point
+    dy_ptr,  # (B, h * w, C), contiguous, gradient of the output
+    g_ptr,  # (B, h * w, C), contiguous, dtype of x, output
+    partial_ptr,  # (chunks, 10, C), float32, output
+    h,  # rows of the grid
+    w,  # columns of the grid
+    across,  # number of strips along the width
+    down,  # number of strips along the height
+    height,  # rows of a strip
+    items,  # number of strips in the batch
+    chunk,  # strips per program
+    C: tl.constexpr,  # number of channels
+    COLUMNS: tl.constexpr,  # columns of a strip, a power of two
+    CHANNELS: tl.constexpr,  # channels of a strip, a power of two
 ):
-    """g (see the top of the file) of a chunk of strips, and their sums of
-    weights' and bias's gradients, ``(chunks, 10, C)``.
+    """Compute g of a chunk of strips (see the module docstring).
+
+    Also computes the partial sums over the chunk of the gradients of the nine
+    weights and the bias.
     """
     part = tl.program_id(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -239,7 +267,7 @@ def _sum_gradient(
 
 
 def _strips(h: int, w: int) -> Tuple[int, int, int]:
-    """Strips across, strips down, rows of a strip."""
+    """Return the numbers of strips across and down, and rows per strip."""
     down = triton.cdiv(h, _HEIGHT)
     return triton.cdiv(w, _COLUMNS), down, triton.cdiv(h, down)
 
@@ -247,7 +275,21 @@ def _strips(h: int, w: int) -> Tuple[int, int, int]:
 def _run_convolve(
     x: Tensor, weight: Tensor, bias: Tensor, h: int, w: int, turn: bool
 ) -> Tensor:
-    """``(B, N, C)`` to ``(B, N, C)``; with turn, of gradients."""
+    """Launch the convolution kernel.
+
+    Args:
+        x (Tensor): Input of shape ``(B, N, C)``, or g if ``turn`` is True.
+        weight (Tensor): Weights of shape ``(C, 1, 3, 3)``.
+        bias (Tensor): Bias of shape ``(C,)``, unused if ``turn`` is True.
+        h (int): Rows of the grid.
+        w (int): Columns of the grid, N = h * w.
+        turn (bool): If False, compute the forward pass with bias and GELU. If
+            True, compute the gradient of the input: rotate the kernel by 180
+            degrees and omit bias and GELU.
+
+    Returns:
+        Tensor: Result of shape ``(B, N, C)``.
+    """
     b, _, c = x.shape
     y = x.new_empty(x.shape)
     across, down, height = _strips(h, w)
@@ -295,7 +337,7 @@ def _backward(
     across, down, height = _strips(h, w)
     items, blocks = b * across * down, triton.cdiv(c, _CHANNELS_BACKWARD)
     chunk, chunks = split(items, 1, 4 * num_programs(x.device) // blocks)
-    # g has a gradient's bounds: those of its type, as PyTorch keeps it
+    # As in PyTorch, g is stored in the dtype of the input.
     g = x.new_empty(x.shape)
     partial = x.new_empty((chunks, 1, 10 * c), dtype=torch.float32)
     _sum_gradient[(chunks, blocks)](
@@ -350,12 +392,15 @@ def dwconv_gelu(
     """Depthwise 3x3 convolution, bias and exact GELU.
 
     Args:
-        x (Tensor): ``(B, N, C)``, float32, bfloat16 or float16.
-        weight (Tensor): ``(C, 1, 3, 3)``, of one of these types.
-        bias (Tensor): ``(C, )``, of one of these types.
-        spatial_shape (tuple[int, int]): Grid ``(h, w)``, h * w = N.
+        x (Tensor): Input of shape ``(B, N, C)``, float32, bfloat16 or
+            float16.
+        weight (Tensor): Weights of shape ``(C, 1, 3, 3)``, in any of these
+            dtypes.
+        bias (Tensor): Bias of shape ``(C,)``, in any of these dtypes.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)``, N = h * w.
 
     Returns:
-        Tensor: ``(B, N, C)``, contiguous, in the dtype of ``x``.
+        Tensor: Contiguous tensor of shape ``(B, N, C)``, in the dtype of
+        ``x``.
     """
     return _forward(x, weight, bias, *spatial_shape)
