@@ -10,14 +10,15 @@ SCENES_CONFIG := configs/demo/vvt-nano_fpn_digit-scenes.py
 BOXES := work_dirs/retinanet_vvt-nano_digit-scenes
 BOXES_CONFIG := configs/demo/retinanet_vvt-nano_digit-scenes.py
 
-.PHONY: help demo demo-seg demo-det test lint install clean
+.PHONY: help demo demo-seg demo-det test test-fast lint install clean
 
 help:
 	@echo "make demo      train and test a small VVT on handwritten digits"
 	@echo "make demo-seg  segment handwritten digits on photographs"
 	@echo "make demo-det  find handwritten digits on photographs"
 	@echo "make test      install everything, mmcv's compiled ops too, and run the tests"
-	@echo "make lint      check the style"
+	@echo "make test-fast run the tests marked fast, in under 90 seconds"
+	@echo "make lint      check the style and the spelling"
 	@echo "make install   install everything and stop there"
 	@echo "make clean     remove .venv and what the demos wrote"
 
@@ -58,8 +59,14 @@ install:
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
+# The tests marked fast, see tests/conftest.py: under 90 seconds on 2 cores.
+test-fast: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m fast
+
 lint: install
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib .
 
 clean:
 	rm -rf .venv data/digits data/digit-scenes $(DIGITS) $(SCENES) $(BOXES)

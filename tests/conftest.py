@@ -127,6 +127,28 @@ def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
         )
 
 
+# Files of tests that need neither new processes nor the three code bases.
+FAST = (
+    'test_fileio.py',
+    'test_cli.py',
+    'test_checkpoint/',
+    'test_engine/',
+    'test_preflight/',
+    'test_visualization/',
+    'test_datasets/test_labels.py',
+    'test_ops/test_clamp.py',
+    'test_ops/test_vicinity_attention.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of the files above as fast."""
+    for item in items:
+        path = item.path.relative_to(ROOT / 'tests').as_posix()
+        if path.startswith(FAST):
+            item.add_marker(pytest.mark.fast)
+
+
 @pytest.fixture(scope='session')
 def golden():
     """The two golden files."""

@@ -31,6 +31,7 @@ from mmvvt.analysis.benchmark import (
     train_step,
     write_csv,
 )
+from mmvvt.apis import keep_freed_memory
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 
@@ -207,6 +208,7 @@ def main():
             '--profile is for a machine without a GPU: hide it with '
             'CUDA_VISIBLE_DEVICES='
         )
+    keep_freed_memory()
     sizes = [parse_size(text) for text in args.sizes]
     models = [build(name) for name in args.models]
     print(machine_line())
