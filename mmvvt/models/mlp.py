@@ -7,6 +7,8 @@ from mmengine.model import BaseModule
 from torch import Tensor
 
 from mmvvt.ops import check_backend, dwconv_gelu
+from mmvvt.ops.autograd import is_transformed
+from mmvvt.ops.dispatch import TRITON_DTYPES
 
 from .stock import StockLayer, find_difference
 
@@ -92,9 +94,11 @@ class ConvMLP(BaseModule):
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
         x = self.fc1(x)
+        # Compilers follow the layers, with their hooks.
         if (
             self.backend == 'triton'
-            and find_difference(self, FUSED_LAYERS, x) is None
+            and not is_transformed()
+            and find_difference(self, FUSED_LAYERS, x, TRITON_DTYPES) is None
         ):
             conv = self.dwconv.dwconv
             x = dwconv_gelu(x, conv.weight, conv.bias, spatial_shape)

@@ -10,7 +10,7 @@ called as usual.
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, Dict, FrozenSet, Mapping, Optional
+from typing import Callable, Dict, FrozenSet, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -90,7 +90,11 @@ def _fits(lengths, axes: str, known: Dict[str, int]) -> bool:
 
 
 def _difference(
-    layer: nn.Module, stock: StockLayer, x: Tensor, known: Dict[str, int]
+    layer: nn.Module,
+    stock: StockLayer,
+    x: Tensor,
+    dtypes: Sequence[torch.dtype],
+    known: Dict[str, int],
 ) -> Optional[str]:
     """Return how a layer differs from its description, or None."""
     if type(layer) is not stock.cls:
@@ -111,11 +115,10 @@ def _difference(
             continue
         if type(parameter) not in (Tensor, nn.Parameter):
             return f'has a {type(parameter).__name__} as {name}'
-        if (parameter.dtype, parameter.device, parameter.layout) != (
-            x.dtype,
-            x.device,
-            torch.strided,
-        ):
+        if parameter.dtype not in dtypes or (
+            parameter.device,
+            parameter.layout,
+        ) != (x.device, torch.strided):
             return (
                 f'has its {name} as {parameter.dtype} '
                 f'({parameter.layout}) on {parameter.device}'
@@ -132,7 +135,10 @@ def _difference(
 
 
 def find_difference(
-    module: nn.Module, layers: Mapping[str, StockLayer], x: Tensor
+    module: nn.Module,
+    layers: Mapping[str, StockLayer],
+    x: Tensor,
+    dtypes: Optional[Sequence[torch.dtype]] = None,
 ) -> Optional[str]:
     """Find the first difference between a module and a table of layers.
 
@@ -141,8 +147,9 @@ def find_difference(
         layers (dict[str, StockLayer]): Expected layers by name. The table
             must list all submodules of every child that it mentions; other
             children of the module are ignored.
-        x (Tensor): Input ``(..., C)``. Parameters must have the same dtype
-            and be on the same device as ``x``.
+        x (Tensor): Input ``(..., C)``. Parameters must be on its device.
+        dtypes (Sequence[torch.dtype], optional): Allowed dtypes of the
+            parameters. Defaults to None, the dtype of ``x`` only.
 
     Returns:
         str | None: Description of the first difference, or a note that global
@@ -162,7 +169,9 @@ def find_difference(
         return f'{name} was {"added" if name in found else "removed"}'
     known = dict(C=x.shape[-1])
     for name, stock in layers.items():
-        difference = _difference(found[name], stock, x, known)
+        difference = _difference(
+            found[name], stock, x, dtypes or (x.dtype,), known
+        )
         if difference is not None:
             return f'{name} {difference}'
     return None

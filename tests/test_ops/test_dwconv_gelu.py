@@ -192,6 +192,32 @@ def test_block(monkeypatch):
         assert relative_error(ours.grad.cpu(), want.grad.cpu()) < 1e-4, name
 
 
+@needs_kernels
+def test_autocast_and_compilers(monkeypatch):
+    """The kernel takes float32 weights under autocast; compilers take the
+    layers."""
+    from mmvvt.ops.triton_kernels import dwconv_gelu as kernels
+
+    called = []
+    forward = kernels.dwconv_gelu
+    monkeypatch.setattr(
+        kernels,
+        'dwconv_gelu',
+        lambda *args: called.append(args) or forward(*args),
+    )
+    mlp = ConvMLP(16, 32, backend='triton').to(DEVICE)
+    x = torch.randn(2, 12, 16, device=DEVICE)
+    expected = mlp(x, (3, 4))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = mlp(x, (3, 4))
+    assert len(called) == 2 and called[1][0].dtype == torch.bfloat16
+    assert relative_error(out.cpu(), expected.cpu()) < 0.02
+    torch._dynamo.reset()
+    compiled = torch.compile(mlp, fullgraph=True, backend='aot_eager')
+    out = compiled(x, (3, 4))
+    assert relative_error(out.cpu(), expected.cpu()) < 1e-5
+
+
 CHANGES = [
     lambda mlp: setattr(mlp.dwconv.dwconv, 'dilation', (2, 2))
     or setattr(mlp.dwconv.dwconv, 'padding', (2, 2)),
