@@ -67,6 +67,7 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m codespell_lib .
+	$(PY) -m mypy
 
 clean:
 	rm -rf .venv data/digits data/digit-scenes $(DIGITS) $(SCENES) $(BOXES)

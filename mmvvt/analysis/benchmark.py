@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -76,7 +76,7 @@ def build(name: str) -> nn.Module:
 
         arch = name.split('-')[1]
         backend = 'reference' if name.endswith('-plain') else 'auto'
-        config = dict(
+        config: Dict[str, Any] = dict(
             type='VVT',
             arch=arch,
             out_indices=(0, 1, 2, 3),
@@ -445,18 +445,18 @@ def read_csv(path: str) -> List[Row]:
         )
     return [
         Row(
-            **{
-                **line,
-                'batch': int(line['batch']),
-                'side': int(line['side']),
-                'runs': int(line['runs']),
-                'seconds': float(line['seconds']),
-                'seconds_p20': float(line['seconds_p20']),
-                'seconds_p80': float(line['seconds_p80']),
-                'peak_gib': float(line['peak_gib'])
-                if line['peak_gib']
-                else None,
-            }
+            model=line['model'],
+            mode=line['mode'],
+            engine=line['engine'],
+            dtype=line['dtype'],
+            batch=int(line['batch']),
+            side=int(line['side']),
+            runs=int(line['runs']),
+            seconds=float(line['seconds']),
+            seconds_p20=float(line['seconds_p20']),
+            seconds_p80=float(line['seconds_p80']),
+            peak_gib=float(line['peak_gib']) if line['peak_gib'] else None,
+            machine=line['machine'],
         )
         for line in lines
     ]

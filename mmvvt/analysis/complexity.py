@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of a model."""
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -38,7 +38,7 @@ def _is_detector(model: nn.Module) -> bool:
     )
 
 
-def _run_detector(model: nn.Module, images: Tensor) -> None:
+def _run_detector(model: Any, images: Tensor) -> None:
     """Run a detector in 'tensor' mode, with empty data samples."""
     from mmdet.structures import DetDataSample
 
@@ -53,7 +53,7 @@ def _run_detector(model: nn.Module, images: Tensor) -> None:
     model(images, [DetDataSample(metainfo=dict(meta)) for _ in images])
 
 
-def _run_two_stages(model: nn.Module, images: Tensor) -> None:
+def _run_two_stages(model: Any, images: Tensor) -> None:
     """Run a forward pass with a fixed number of proposals.
 
     The proposals do not depend on the weights of the RPN.
@@ -123,25 +123,26 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
         m for m in model.modules() if isinstance(m, VicinityAttention)
     ]
     mlps = [m for m in model.modules() if isinstance(m, ConvMLP)]
-    backends = [m.backend for m in (*attentions, *mlps)]
+    both: List[Any] = [*attentions, *mlps]
+    backends = [m.backend for m in both]
     clamps = [m.clamp for m in attentions]
     was_training = model.training
     model.eval()
     try:
-        for module in attentions:
-            # With clamps, the reference computes plain linear attention.
-            module.backend, module.clamp = 'reference', True
-        for module in mlps:
+        for module in both:
             module.backend = 'reference'
+        for attention in attentions:
+            # With clamps, the reference computes plain linear attention.
+            attention.clamp = True
         device = next(model.parameters()).device
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
             _run(model, torch.zeros(input_shape, device=device))
     finally:
-        for module, backend in zip((*attentions, *mlps), backends):
+        for module, backend in zip(both, backends):
             module.backend = backend
-        for module, clamp in zip(attentions, clamps):
-            module.clamp = clamp
+        for attention, clamp in zip(attentions, clamps):
+            attention.clamp = clamp
         model.train(was_training)
     # PyTorch counts a multiply-add as two operations.
     return Complexity(

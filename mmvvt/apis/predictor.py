@@ -3,7 +3,7 @@
 import os
 import warnings
 from abc import ABC, abstractmethod
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import cv2
 import mmcv
@@ -265,7 +265,9 @@ class _Detection(_Task):
         return numbers, dict(picture=picture)
 
 
-TASKS = dict(mmpretrain=_Classification, mmseg=_Segmentation, mmdet=_Detection)
+TASKS: Dict[str, Callable[[], _Task]] = dict(
+    mmpretrain=_Classification, mmseg=_Segmentation, mmdet=_Detection
+)
 
 
 class Predictor:

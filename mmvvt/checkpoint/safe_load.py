@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from contextlib import contextmanager
+from typing import Any, List
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ class _LoadedHistoryBuffer(HistoryBuffer):
     """
 
     def __setstate__(self, state: dict) -> None:
-        log, count = state.get('_log_history'), state.get('_count_history')
+        log: Any = state.get('_log_history')
+        count: Any = state.get('_count_history')
         for array in (log, count):
             if not (
                 type(array) is np.ndarray
@@ -52,7 +54,7 @@ class _LoadedHistoryBuffer(HistoryBuffer):
                 'the parts of a log buffer do not fit each other'
             )
         self.__class__ = HistoryBuffer
-        self.__init__(log, count, state['max_length'])
+        HistoryBuffer.__init__(self, log, count, state['max_length'])
 
 
 def _history_method_name(owner, name):
@@ -125,6 +127,8 @@ def register_safe_globals() -> None:
     if not READS_RUNNER_CHECKPOINTS:
         return
     numeric_types = '?bhilqBHILQefdgFDG'
+    classes: List[type] = [np.ndarray]
+    classes += {type(np.dtype(code)) for code in numeric_types}
     torch.serialization.add_safe_globals(
         [
             (
@@ -139,10 +143,7 @@ def register_safe_globals() -> None:
             # its state; this does not modify NumPy's built-in dtypes.
             *(
                 (owner, f'{owner.__module__}.{owner.__qualname__}')
-                for owner in (
-                    np.ndarray,
-                    *{type(np.dtype(code)) for code in numeric_types},
-                )
+                for owner in classes
             ),
             # NumPy 2 renamed these; checkpoints may use either name.
             (_empty_array, 'numpy._core.multiarray._reconstruct'),
@@ -190,11 +191,11 @@ def load_checkpoint_file(path: str) -> dict:
     except pickle.UnpicklingError as error:
         # Extract the reason from the long message of torch.
         wanted = re.search(r'GLOBAL (\S+)', str(error))
-        reason = re.search(r'error:\s*(.*)', str(error))
+        detail = re.search(r'error:\s*(.*)', str(error))
         if wanted:
             reason = f'it asks for {wanted.group(1)}, which is not allowed'
         else:
-            reason = reason.group(1) if reason else str(error)
+            reason = detail.group(1) if detail else str(error)
         raise CheckpointError(f'refused to load {path}: {reason}') from error
     except Exception as error:  # A damaged pickle can raise any error.
         reason = str(error).splitlines()[0] if str(error) else 'end of file'

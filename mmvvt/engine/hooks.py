@@ -1,6 +1,7 @@
 """Hooks for reproducible training when resuming or using several processes."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class EpochSeedHook(Hook):
         Args:
             runner (Runner): The runner of the training process.
         """
-        sampler = getattr(runner.train_dataloader, 'sampler', None)
+        sampler: Any = getattr(runner.train_dataloader, 'sampler', None)
         # The runner has no public attribute for its randomness settings, and
         # runner.cfg lacks them if the runner was built without a config.
         different_seeds = runner._randomness_cfg.get('diff_rank_seed', False)

@@ -1,6 +1,6 @@
 """MLP with a depthwise convolution."""
 
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch.nn as nn
 from mmengine.model import BaseModule
@@ -100,7 +100,7 @@ class ConvMLP(BaseModule):
             and not is_transformed()
             and find_difference(self, FUSED_LAYERS, x, TRITON_DTYPES) is None
         ):
-            conv = self.dwconv.dwconv
+            conv: Any = self.dwconv.dwconv
             x = dwconv_gelu(x, conv.weight, conv.bias, spatial_shape)
         else:
             x = self.act(self.dwconv(x, spatial_shape))

@@ -10,7 +10,7 @@ called as usual.
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, Dict, FrozenSet, Mapping, Optional, Sequence
+from typing import Callable, Dict, FrozenSet, Mapping, Optional, Sequence, Type
 
 import torch
 import torch.nn as nn
@@ -50,7 +50,7 @@ class StockLayer:
             when the table was created.
     """
 
-    cls: type
+    cls: Type[nn.Module]
     parameters: Mapping[str, Optional[str]] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def _difference(
         parameter = getattr(layer, name)
         if (parameter is None) != (axes is None):
             return f'has {"no" if parameter is None else "a"} {name}'
-        if parameter is None:
+        if parameter is None or axes is None:
             continue
         if type(parameter) not in (Tensor, nn.Parameter):
             return f'has a {type(parameter).__name__} as {name}'

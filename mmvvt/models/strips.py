@@ -5,7 +5,7 @@ The fast path computes the same function as the layers of the block, see
 them. :data:`LAYERS` lists everything that it assumes about the layers.
 """
 
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -123,7 +123,8 @@ def forward(
     Returns:
         Tensor: Output tokens ``(B, N, C)``.
     """
-    attn, mlp = block.attn, block.mlp
+    attn: Any = block.attn
+    mlp: Any = block.mlp
     qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
     x = attention_branch(
         x,

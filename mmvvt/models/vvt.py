@@ -269,7 +269,7 @@ class VVT(BaseModule):
             )
         return resolved
 
-    def _stage(self, index: int) -> Tuple[nn.Module, nn.Module, nn.Module]:
+    def _stage(self, index: int) -> Tuple[nn.Module, nn.ModuleList, nn.Module]:
         """Return the patch embedding, blocks and norm of a stage."""
         return (
             getattr(self, f'patch_embed{index + 1}'),

@@ -130,10 +130,11 @@ def _from_cache(
         # Reading the cache while tracing would specialise the graph to one
         # grid.
         return build(*key)
+    entry = (build, *key)
     with _lock:
-        tables = _cache.get((build, *key))
+        tables = _cache.get(entry)
         if tables is not None:
-            _cache.move_to_end((build, *key))
+            _cache.move_to_end(entry)
             return tables
     # Inference tensors cannot be saved for a backward pass, so inference mode
     # is disabled while a cached table is built.
@@ -142,7 +143,7 @@ def _from_cache(
     if type(tables[0]) is not Tensor:
         return tables  # fake tensors from tracing must not be cached
     with _lock:
-        _cache[(build, *key)] = tables
+        _cache[entry] = tables
         while len(_cache) > MAX_CACHED_TABLES:
             _cache.popitem(last=False)
     return tables
@@ -155,7 +156,10 @@ def axis_factors(
 
     The arguments and the result are those of :func:`build_axis_factors`.
     """
-    return _from_cache(build_axis_factors, tuple(spatial_shape), dtype, device)
+    rows, cols = _from_cache(
+        build_axis_factors, tuple(spatial_shape), dtype, device
+    )
+    return rows, cols
 
 
 def token_factors(

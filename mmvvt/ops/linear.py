@@ -319,12 +319,10 @@ def _differentiable_grads(
         tuple[Tensor or None, ...]: Gradients of q, k and v. None for tensors
         that do not require a gradient.
     """
+    q, k, v = inputs
+    out, _ = _forward(q, k, v, *settings)
     wanted = [t for t in inputs if t.requires_grad]
-    grads = iter(
-        torch.autograd.grad(
-            _forward(*inputs, *settings)[0], wanted, grad, create_graph=True
-        )
-    )
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return tuple(next(grads) if t.requires_grad else None for t in inputs)
 
 

@@ -8,7 +8,7 @@ or on none.
 import json
 import os
 from collections import defaultdict
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from mmengine.fileio import list_from_file
 from mmengine.utils import is_abs
@@ -118,7 +118,7 @@ def _check_images(path: str, folder: str, names: Sequence[str]) -> None:
         )
 
 
-def check_coco_dataset(dataset: dict, cls: type, annotated: bool) -> None:
+def check_coco_dataset(dataset: dict, cls: Any, annotated: bool) -> None:
     """Check the annotation file of a dataset, and that its images exist.
 
     Args:

@@ -51,7 +51,7 @@ def read_config(
     except ModuleNotFoundError as error:
         raise UserError(
             f'{path} needs the package {error.name}, which is not installed: '
-            f'{INSTALL_HINTS.get(scope, "see README.md")}'
+            f'{INSTALL_HINTS.get(scope or "", "see README.md")}'
         ) from error
     init_default_scope(scope)
     return cfg

@@ -17,7 +17,7 @@ def _fetches_itself(dataset: dict) -> bool:
     cls = dataset_class(dataset)
     if cls is None:
         return False  # The runner will report the unknown class.
-    parameter = inspect.signature(cls.__init__).parameters.get('download')
+    parameter = inspect.signature(cls).parameters.get('download')
     return parameter is not None and dataset.get('download', parameter.default)
 
 
@@ -76,7 +76,7 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
             if isinstance(annotations, str) and annotations:
                 _check_annotations(os.path.join(root, annotations), where)
             cls = dataset_class(dataset)
-            if reads_coco(cls):
+            if cls is not None and reads_coco(cls):
                 try:
                     check_coco_dataset(
                         dataset,

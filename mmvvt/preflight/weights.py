@@ -1,7 +1,7 @@
 """Checks of pretrained weights and checkpoints against a model."""
 
 import os
-from typing import Dict, Iterator
+from typing import Any, Dict, Iterator
 
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -85,7 +85,7 @@ def _check_fit(module: nn.Module, path: str, prefix: str, what: str) -> None:
     )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: Any) -> Any:
     """Return the model inside distributed and test-time wrappers."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module

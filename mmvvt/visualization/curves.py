@@ -1,7 +1,6 @@
 """Training curves, read from the logs of the runner."""
 
 import json
-from itertools import takewhile
 from pathlib import Path
 from typing import Dict, List, Tuple
 
@@ -35,10 +34,11 @@ def read_scalars(work_dir: str) -> List[dict]:
         first = next((r['iter'] for r in run if 'iter' in r), None)
         if first is None:
             continue
-        earlier = takewhile(
-            lambda r, first=first: r.get('iter', 0) < first, records
+        length = next(
+            (i for i, r in enumerate(records) if r.get('iter', 0) >= first),
+            len(records),
         )
-        records = [*earlier, *run]
+        records = [*records[:length], *run]
     if not records:
         raise MissingFileError(f'no training run was logged in {work_dir}')
     return records

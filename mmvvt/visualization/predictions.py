@@ -5,7 +5,7 @@ Images are resized before drawing so that text is legible, see :func:`fit`.
 
 import colorsys
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -128,12 +128,12 @@ def draw_classification(
     axis.axis('off')
 
     axis = figure.add_axes((0.53, 0.08, 0.37, 0.84))
-    places = np.arange(len(names))
+    places = range(len(names))
     colours = [FIRST] + [OTHER] * (len(names) - 1)
     axis.barh(places, np.ones(len(names)), 0.3, color='#eef1f4')
     axis.barh(places, scores, 0.3, color=colours)
     for place, name, score in zip(places, names, scores):
-        style = dict(
+        style: Dict[str, Any] = dict(
             color=TEXT,
             parse_math=False,
             fontsize=13,
@@ -180,7 +180,9 @@ def draw_segmentation(
     points = _points(picture)
     line = round(points * DPI / 72 * 1.9)
     panel, rows = 15 * line, max(height // line - 1, MIN_ROWS)
-    shown = [(name, share, palette[label]) for label, name, share in legend]
+    shown: List[Tuple[str, float, Optional[Colour]]] = [
+        (name, share, palette[label]) for label, name, share in legend
+    ]
     if len(shown) > rows:
         rest = shown[rows - 1 :]
         total = sum(share for _, share, _ in rest)

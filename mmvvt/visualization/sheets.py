@@ -60,7 +60,8 @@ def choose_samples(predictions: List[dict], count: int) -> List[dict]:
         list[dict]: At most ``count`` predictions: wrong predictions first,
         followed by evenly spaced correct predictions.
     """
-    right, wrong = [], []
+    right: List[dict] = []
+    wrong: List[dict] = []
     for sample in predictions:
         is_right = int(sample['pred_label']) == int(sample['gt_label'])
         (right if is_right else wrong).append(sample)
@@ -234,7 +235,8 @@ def draw_detection_sheet(
         ):
             found = sample[key]
             labels = np.asarray(found['labels'])
-            scores, shown = None, range(len(labels))
+            scores: Optional[np.ndarray] = None
+            shown: np.ndarray = np.arange(len(labels))
             if 'scores' in found:
                 scores = np.asarray(found['scores'])
                 # Sort by descending score; the first box is drawn on top.
@@ -244,9 +246,9 @@ def draw_detection_sheet(
             masks = found.get('masks')
             picture = draw_detection(
                 image,
-                np.asarray(found['bboxes'])[list(shown)],
+                np.asarray(found['bboxes'])[shown],
                 [str(classes[labels[i]]) for i in shown],
-                scores,
+                None if scores is None else scores.tolist(),
                 [tuple(palette[labels[i]]) for i in shown],
                 _masks(None if masks is None else [masks[i] for i in shown]),
                 text_scale=DETECTION_TEXT_SCALE,

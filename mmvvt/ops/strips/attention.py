@@ -260,7 +260,7 @@ def _forward(
             products = features @ clamped_sums[images]  # (b, heads, p, d + 1)
             _merge_heads(divide(products, clamp, settings.eps), merged)
             branch = linear(merged, weights.out_weight, weights.out_bias)
-            if keep:
+            if kept is not None:
                 kept[images, rows] = branch
             if clamp:
                 clamp_in_place(branch)

@@ -253,7 +253,8 @@ class RowWindow:
 
     def __init__(self, height: int):
         self.height = height
-        self.buffer: Optional[Tensor] = None
+        self.buffer: Tensor  # set by the first strip
+        self.stop = 0  # rows of the buffer that are in use
 
     def push(self, x: Tensor, rows: slice) -> Tuple[Tensor, slice, int]:
         """Add the next strip and return the window that it completes.

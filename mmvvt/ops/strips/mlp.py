@@ -6,7 +6,7 @@ them, which is faster than loading them from memory. If a whole image fits
 into one strip, its hidden activations are saved instead.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +133,10 @@ def _forward(
     Returns:
         Tensor: ``out``.
     """
+    batch, height, width, _ = x.shape
     hidden_dims = weights.fc1_weight.shape[0]
-    for images, strips in cut(*x.shape[:3], hidden_dims):
-        window = RowWindow(x.shape[1])
+    for images, strips in cut(batch, height, width, hidden_dims):
+        window = RowWindow(height)
         for rows in strips:
             normed, _, _ = layer_norm(
                 x[images, rows], weights.norm_weight, weights.norm_bias, eps
@@ -163,7 +164,7 @@ class _MLPBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, scale, *weights):
         weights = MLPWeights(*weights)
-        kept = []
+        kept: List[Tensor] = []
         out = _forward(x, weights, eps, scale, kept, torch.empty_like(x))
         ctx.eps = eps
         ctx.save_for_backward(x, scale, *weights, *kept)
@@ -176,6 +177,7 @@ class _MLPBranch(torch.autograd.Function):
         number = len(MLPWeights._fields)
         weights, kept = MLPWeights(*saved[:number]), iter(saved[number:])
         grad = grad.contiguous()
+        batch, height, width, _ = x.shape
         hidden_dims = weights.fc1_weight.shape[0]
         # Weights that map gradients of outputs to gradients of inputs.
         to_hidden = weights.fc2_weight.t().contiguous()  # (D, C)
@@ -184,8 +186,8 @@ class _MLPBranch(torch.autograd.Function):
 
         grad_x = torch.empty_like(x)
         grads = GradSums()
-        for images, strips in cut(*x.shape[:3], hidden_dims):
-            window, grad_window = (RowWindow(x.shape[1]) for _ in range(2))
+        for images, strips in cut(batch, height, width, hidden_dims):
+            window, grad_window = RowWindow(height), RowWindow(height)
             for rows in strips:
                 if len(strips) == 1:
                     hidden, mixed = next(kept), next(kept)
@@ -216,11 +218,11 @@ class _MLPBranch(torch.autograd.Function):
                 mixed_grad = aten.gelu_backward(
                     linear(branch_grad, to_hidden), mixed
                 )
-                parts = _depthwise_weight_grads(
+                weight_grad, bias_grad = _depthwise_weight_grads(
                     mixed_grad, hidden, weights.dwconv_weight, padding
                 )
-                grads.add('dwconv_weight', parts[0])
-                grads.add('dwconv_bias', parts[1])
+                grads.add('dwconv_weight', weight_grad)
+                grads.add('dwconv_bias', bias_grad)
 
                 # The input gradient of the convolution is a convolution with
                 # the flipped weight. Its window lags one more row behind.
