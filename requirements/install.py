@@ -213,7 +213,7 @@ def install_mmcv_with_ops() -> None:
         if output_of('import torch, mmcv.ops') is not None:
             return
         if attempt == 0:
-            say(f'the ops of {wheels[0]} do not load: building them anew')
+            say(f'the ops of {wheels[0]} do not load: building them again')
             shutil.rmtree(folder)
     sys.exit(f'error: the compiled ops of mmcv {MMCV_VERSION} do not load')
 

@@ -426,7 +426,7 @@ class DigitScenes(BaseDataset):
             if not os.path.isdir(folder):
                 raise MissingFileError(
                     f'no scenes in {folder}; remove {self.data_root} to have '
-                    'it written anew'
+                    'it written again'
                 )
         return [
             dict(

@@ -19,6 +19,7 @@ from ..clamp import clamp_in_place, mask_clamp_grad
 from ..linear import clamp_sums, divide, divide_backward
 from .common import (
     GradSums,
+    Workspace,
     check_differentiated_once,
     cut,
     layer_norm,
@@ -102,12 +103,15 @@ def _factors(
     return combine_factors(of_rows[:, rows], of_cols, locality)
 
 
-def _features(t: Tensor, factors: Optional[Tensor]) -> Tensor:
+def _features(
+    t: Tensor, factors: Optional[Tensor], workspace: Workspace
+) -> Tensor:
     """Multiply tokens by their factors.
 
     Args:
         t (Tensor): Queries or keys of shape ``(b, heads, p, d)``.
         factors (Tensor, optional): Factors of shape ``(p, n)``.
+        workspace (Workspace): Provides the memory of the result.
 
     Returns:
         Tensor: Contiguous features of shape ``(b, heads, p, n * d)``.
@@ -115,7 +119,9 @@ def _features(t: Tensor, factors: Optional[Tensor]) -> Tensor:
     if factors is None:
         return t.contiguous()
     # (b, heads, p, 1, d) * (p, n, 1) -> (b, heads, p, n, d)
-    out = t.new_empty(*t.shape[:3], factors.shape[1], t.shape[3])
+    out = workspace.take(
+        'features', t, *t.shape[:3], factors.shape[1], t.shape[3]
+    )
     torch.mul(t.unsqueeze(-2), factors[:, :, None], out=out)
     return out.flatten(-2)  # (b, heads, p, n * d)
 
@@ -150,7 +156,10 @@ def _merge_heads(t: Tensor, out: Tensor) -> None:
 
 
 def _keys_and_values(
-    projected: Tensor, factors: Optional[Tensor], num_heads: int
+    projected: Tensor,
+    factors: Optional[Tensor],
+    num_heads: int,
+    workspace: Workspace,
 ) -> Tuple[Tensor, Tensor]:
     """Compute the features of the keys and the extended values.
 
@@ -158,6 +167,7 @@ def _keys_and_values(
         projected (Tensor): Projections of shape ``(b, m, w, 3 * R)``.
         factors (Tensor, optional): Factors of shape ``(p, n)``.
         num_heads (int): Number of heads.
+        workspace (Workspace): Provides the memory of the features.
 
     Returns:
         tuple[Tensor, Tensor]: Features of the keys, of shape
@@ -167,7 +177,7 @@ def _keys_and_values(
     """
     # (b, m, w, 3 * R) -> three tensors of shape (b, m, w, R)
     _, k, v = projected.chunk(3, dim=-1)
-    features = _features(_split_heads(k, num_heads).relu(), factors)
+    features = _features(_split_heads(k, num_heads).relu(), factors, workspace)
     return features, F.pad(_split_heads(v, num_heads), (0, 1), value=1.0)
 
 
@@ -227,6 +237,7 @@ def _forward(
         if keep
         else out[..., :reduced_dims]
     )
+    workspace = Workspace()
     sums = x.new_zeros(batch, heads, feature_dims, head_dims + 1)
     token_sum = x.new_zeros(batch, x.shape[-1])
     for images, strips in pieces:
@@ -241,7 +252,7 @@ def _forward(
             qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
             projected[images, rows] = qkv[..., : projected.shape[-1]]
             factors = _factors((height, width), rows, settings.locality, x)
-            k, v = _keys_and_values(qkv, factors, heads)
+            k, v = _keys_and_values(qkv, factors, heads, workspace)
             # (b, heads, n * d, p) @ (b, heads, p, d + 1)
             # -> (b, heads, n * d, d + 1)
             sums[images] += k.transpose(-2, -1) @ v
@@ -254,9 +265,11 @@ def _forward(
     for images, strips in pieces:
         for rows in strips:
             q = projected[images, rows, :, :reduced_dims]
-            merged = torch.empty_like(q, memory_format=torch.contiguous_format)
+            merged = workspace.take('merged', q, *q.shape)
             factors = _factors((height, width), rows, settings.locality, x)
-            features = _features(_split_heads(q, heads).relu(), factors)
+            features = _features(
+                _split_heads(q, heads).relu(), factors, workspace
+            )
             products = features @ clamped_sums[images]  # (b, heads, p, d + 1)
             _merge_heads(divide(products, clamp, settings.eps), merged)
             branch = linear(merged, weights.out_weight, weights.out_bias)
@@ -303,6 +316,7 @@ class _AttentionBranch(torch.autograd.Function):
         from_qkv = weights.qkv_weight.t().contiguous()  # (C, 3 * R)
 
         grads = GradSums()
+        workspace = Workspace()
         grad_sums = torch.zeros_like(sums)
         grad_gate = torch.zeros_like(gate)
         # The first pass writes the query gradients to the first R channels.
@@ -329,7 +343,7 @@ class _AttentionBranch(torch.autograd.Function):
                 q = _split_heads(
                     projected[images, rows, :, :reduced_dims], heads
                 ).relu()
-                features = _features(q, factors)
+                features = _features(q, factors, workspace)
                 # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
                 divided_grad = _split_heads(
                     linear(branch_grad, from_out), heads
@@ -343,7 +357,9 @@ class _AttentionBranch(torch.autograd.Function):
                 )
                 if clamp:
                     clamp_in_place(divided)
-                merged = raw.new_empty(*raw.shape[:3], reduced_dims)
+                merged = workspace.take(
+                    'merged', raw, *raw.shape[:3], reduced_dims
+                )
                 _merge_heads(divided, merged)
                 grads.add('out_bias', sum_pixels(branch_grad))
                 grads.add_product('out_weight', branch_grad, merged)
@@ -374,7 +390,7 @@ class _AttentionBranch(torch.autograd.Function):
             for rows in strips:
                 qkv = projected[images, rows]
                 factors = _factors((height, width), rows, settings.locality, x)
-                features, v = _keys_and_values(qkv, factors, heads)
+                features, v = _keys_and_values(qkv, factors, heads, workspace)
                 k_grad = _fold(
                     v @ grad_sums[images].transpose(-2, -1), factors
                 )

@@ -1,6 +1,7 @@
 """Utilities of both branches: strips, linear layers and row windows."""
 
-from typing import Dict, Iterator, List, Optional, Tuple
+import math
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +198,34 @@ def sum_pixels(x: Tensor) -> Tensor:
     return x.flatten(0, 2).sum(dim=0)
 
 
+class Workspace:
+    """Memory that the strips of one call share.
+
+    An operating system provides new memory page by page at the first access,
+    which can take longer than computing the values.
+    """
+
+    def __init__(self):
+        self._buffers: Dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Return uninitialised memory; it invalidates the previous result.
+
+        Args:
+            name (str): Name of the buffer.
+            like (Tensor): Provides the dtype and the device.
+            *shape (int): Shape of the result.
+
+        Returns:
+            Tensor: Contiguous tensor of this shape.
+        """
+        numel = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[name] = like.new_empty(numel)
+        return buffer[:numel].view(shape)
+
+
 class GradSums:
     """Accumulates the gradients of weights over strips.
 
@@ -253,7 +282,7 @@ class RowWindow:
 
     def __init__(self, height: int):
         self.height = height
-        self.buffer: Tensor  # set by the first strip
+        self.buffer: Any = None  # reused by the next image
         self.stop = 0  # rows of the buffer that are in use
 
     def push(self, x: Tensor, rows: slice) -> Tuple[Tensor, slice, int]:
@@ -276,12 +305,17 @@ class RowWindow:
             return x, rows, 1
         strip_rows = x.shape[1]
         first, last = rows.start == 0, rows.stop == self.height
+        if first and (
+            self.buffer is None
+            or self.buffer.shape[0] != len(x)
+            or self.buffer.shape[1] < strip_rows + 5
+        ):
+            self.buffer = x.new_empty(len(x), strip_rows + 5, *x.shape[2:])
         if first:
             # For the first strip, the buffer holds the zero row above the
             # image at index 1, followed by the strip. For later strips, it
             # holds the last two rows of the previous strip, followed by the
             # strip. For the last strip, the zero row below the image follows.
-            self.buffer = x.new_empty(len(x), strip_rows + 5, *x.shape[2:])
             self.buffer[:, 1] = 0
         else:
             self.buffer[:, :2] = self.buffer[:, self.stop - 2 : self.stop]

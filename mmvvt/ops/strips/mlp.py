@@ -135,8 +135,8 @@ def _forward(
     """
     batch, height, width, _ = x.shape
     hidden_dims = weights.fc1_weight.shape[0]
+    window = RowWindow(height)
     for images, strips in cut(batch, height, width, hidden_dims):
-        window = RowWindow(height)
         for rows in strips:
             normed, _, _ = layer_norm(
                 x[images, rows], weights.norm_weight, weights.norm_bias, eps
@@ -186,8 +186,8 @@ class _MLPBranch(torch.autograd.Function):
 
         grad_x = torch.empty_like(x)
         grads = GradSums()
+        window, grad_window = RowWindow(height), RowWindow(height)
         for images, strips in cut(batch, height, width, hidden_dims):
-            window, grad_window = RowWindow(height), RowWindow(height)
             for rows in strips:
                 if len(strips) == 1:
                     hidden, mixed = next(kept), next(kept)
