@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
 
-from .errors import UserError
+from .errors import PreflightError, UserError
 from .preflight import read_config
 
 
@@ -32,6 +32,8 @@ def run(main: Callable[[], None]) -> None:
         # A data loader worker prepends its traceback to the message.
         name = type(error).__name__
         message = str(error).strip().rpartition(f'{name}: ')[2]
+        if isinstance(error, PreflightError):  # one line per problem
+            message = message.replace('\n', '\nerror: ')
         sys.exit(f'error: {message}')
 
 
@@ -53,6 +55,12 @@ def add_common_arguments(parser) -> None:
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
         help='launcher of the distributed job (default: none)',
+    )
+    parser.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='do everything up to the first step, print the problems that '
+        'are found and the resources that a step needs, and stop',
     )
     # torch.distributed.launch passes this; torchrun sets LOCAL_RANK.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)

@@ -33,3 +33,16 @@ class WriteError(UserError, OSError):
 
 class BackendError(UserError, RuntimeError):
     """A backend that does not support this machine or these tensors."""
+
+
+class PreflightError(UserError):
+    """Several problems that were found before a run.
+
+    Args:
+        problems (list[UserError]): The problems; the message has one line
+            for each.
+    """
+
+    def __init__(self, problems):
+        super().__init__('\n'.join(str(problem) for problem in problems))
+        self.problems = list(problems)

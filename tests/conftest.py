@@ -40,6 +40,15 @@ def build_model(model, scope='mmpretrain'):
         return MODELS.build(model)
 
 
+def check_files(cfg, loaders):
+    """Raise the problems in the files of the data sets of a config."""
+    from mmvvt.preflight.data import find_data_problems
+    from mmvvt.preflight.run import raise_problems
+    from mmvvt.preflight.sources import open_sources
+
+    raise_problems(list(find_data_problems(cfg, open_sources(cfg, loaders))))
+
+
 def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
     """Run a Python tool of the project; stdout and stderr come together."""
     return subprocess.run(

@@ -2,17 +2,18 @@
 
 import argparse
 import os
+from tempfile import TemporaryDirectory
 
 import mmengine
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
-from mmvvt.apis import keep_freed_memory
+from mmvvt.apis import dry_run, keep_freed_memory
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.engine import DumpPredictions
 from mmvvt.errors import UserError
-from mmvvt.preflight import check_checkpoint, check_data, check_label_maps
+from mmvvt.preflight import check_testing, type_name
 
 
 def parse_args():
@@ -40,7 +41,7 @@ def parse_args():
 def draw_into(cfg, folder):
     """Enable the visualization hook, whose options differ by package."""
     hook = cfg.default_hooks.get('visualization')
-    kind = (hook or {}).get('type', '')
+    kind = type_name(hook)
     if kind.endswith('SegVisualizationHook'):
         hook.update(draw=True, interval=1)
         cfg.visualizer.save_dir = folder
@@ -68,7 +69,8 @@ def augment_at_test_time(cfg):
 
 
 def merge_arguments(cfg, args):
-    if not os.path.isfile(args.checkpoint) and '://' not in args.checkpoint:
+    path = os.path.expanduser(args.checkpoint)
+    if not os.path.isfile(path) and '://' not in path:
         raise UserError(f'no such checkpoint file: {args.checkpoint}')
     cfg.load_from = args.checkpoint
     if args.out and os.path.splitext(args.out)[1] not in ('.pkl', '.json'):
@@ -86,16 +88,20 @@ def merge_arguments(cfg, args):
 def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
-    check_data(cfg, ['test_dataloader'])
-    check_label_maps(cfg, ['test_dataloader'])
+    check_testing(cfg, args.checkpoint)
     init_processes(cfg, args)
+    keep_freed_memory()
+    if args.dry_run:
+        with TemporaryDirectory() as folder:  # a dry run leaves no files
+            cfg.work_dir = folder
+            lines = dry_run(Runner.from_cfg(cfg), training=False)
+        print('no problems were found', *lines, sep='\n')
+        return
     runner = Runner.from_cfg(cfg)
-    check_checkpoint(args.checkpoint, runner.model)
     if args.out and args.out.endswith('.pkl'):
         runner.test_evaluator.metrics.append(
             DumpPredictions(out_file_path=args.out)
         )
-    keep_freed_memory()
     metrics = runner.test()
     if args.out and args.out.endswith('.json'):
         if mmengine.dist.is_main_process():

@@ -2,19 +2,15 @@
 
 import argparse
 import os
+from tempfile import TemporaryDirectory
 
 from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
-from mmvvt.apis import keep_freed_memory
+from mmvvt.apis import dry_run, keep_freed_memory
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.errors import UserError
-from mmvvt.preflight import (
-    check_data,
-    check_label_maps,
-    check_pretrained_backbone,
-    check_pretrained_files,
-)
+from mmvvt.preflight import check_training, type_name
 
 
 def parse_args():
@@ -53,11 +49,12 @@ def merge_arguments(cfg, args):
         cfg.resume = True
         cfg.load_from = args.resume
     if cfg.get('load_from') and '://' not in cfg.load_from:
-        if not os.path.isfile(cfg.load_from):
+        if not os.path.isfile(os.path.expanduser(cfg.load_from)):
             raise UserError(f'no such checkpoint file: {cfg.load_from}')
     if args.amp:
-        wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        wrapper = type_name(cfg.optim_wrapper)
         if wrapper not in (
+            '',
             'OptimWrapper',
             'AmpOptimWrapper',
             'AutoAmpOptimWrapper',
@@ -79,14 +76,16 @@ def merge_arguments(cfg, args):
 def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
-    check_data(cfg, ['train_dataloader', 'val_dataloader'])
-    check_label_maps(cfg, ['train_dataloader', 'val_dataloader'])
-    check_pretrained_files(cfg)
+    check_training(cfg)
     init_processes(cfg, args)
-    runner = Runner.from_cfg(cfg)
-    check_pretrained_backbone(cfg, runner.model)
     keep_freed_memory()
-    runner.train()
+    if args.dry_run:
+        with TemporaryDirectory() as folder:  # a dry run leaves no files
+            cfg.work_dir = folder
+            lines = dry_run(Runner.from_cfg(cfg), training=True)
+        print('no problems were found', *lines, sep='\n')
+        return
+    Runner.from_cfg(cfg).train()
 
 
 if __name__ == '__main__':

@@ -3,13 +3,14 @@
 import os
 import warnings
 from abc import ABC, abstractmethod
-from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import cv2
 import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
 from mmengine.utils import scandir
@@ -17,9 +18,9 @@ from mmengine.utils import scandir
 from ..errors import UserError
 from ..fileio import atomic_write
 from ..preflight import (
-    INSTALL_HINTS,
+    build_model,
     check_checkpoint,
-    dataset_class,
+    class_names,
     read_config,
 )
 from ..visualization.predictions import (
@@ -29,6 +30,7 @@ from ..visualization.predictions import (
     draw_detection,
     draw_segmentation,
 )
+from .pipeline import TestPipeline
 
 SUFFIXES = (
     '.bmp',
@@ -42,8 +44,8 @@ SUFFIXES = (
     '.webp',
 )
 TOP = 5  # number of classes in a classification result
-# Exceptions that a pipeline or a model may raise for an image that is too
-# small, has an extreme aspect ratio or does not fit into memory.
+# Exceptions that a model may raise for an image that is too small, has an
+# extreme aspect ratio or does not fit into memory.
 FAULTS = (AssertionError, MemoryError, RuntimeError, ValueError, cv2.error)
 
 
@@ -141,13 +143,9 @@ def _run_lengths(mask: np.ndarray) -> dict:
 
 
 class _Task(ABC):
-    """Base class of tasks: inferencer and format of the results."""
+    """Base class of tasks: name and format of the results."""
 
     name = ''
-
-    @abstractmethod
-    def build_inferencer(self, cfg: Config, device: str):
-        """Build the OpenMMLab inferencer of the task with random weights."""
 
     @abstractmethod
     def describe(
@@ -174,13 +172,6 @@ class _Classification(_Task):
 
     name = 'classification'
 
-    def build_inferencer(self, cfg, device):
-        from mmpretrain import ImageClassificationInferencer
-
-        return ImageClassificationInferencer(
-            cfg, pretrained=False, device=device
-        )
-
     def describe(self, predictor, image, sample):
         scores, labels = sample.pred_score.float().sort(descending=True)
         if not scores.isfinite().all():
@@ -201,12 +192,6 @@ class _Segmentation(_Task):
     """Semantic segmentation: a class for each pixel."""
 
     name = 'segmentation'
-
-    def build_inferencer(self, cfg, device):
-        from mmseg.apis import MMSegInferencer
-
-        cfg.visualizer = dict(type='SegLocalVisualizer')
-        return MMSegInferencer(cfg, device=device)
 
     def describe(self, predictor, image, sample):
         labels = sample.pred_sem_seg.data.squeeze(0).numpy()  # (H, W)
@@ -231,13 +216,6 @@ class _Detection(_Task):
     """Object detection and instance segmentation."""
 
     name = 'detection'
-
-    def build_inferencer(self, cfg, device):
-        from mmdet.apis import DetInferencer
-
-        cfg.visualizer = dict(type='DetLocalVisualizer')
-        # With a palette, the inferencer does not need the dataset.
-        return DetInferencer(cfg, device=device, palette='random')
 
     def describe(self, predictor, image, sample):
         found = sample.pred_instances
@@ -265,15 +243,31 @@ class _Detection(_Task):
         return numbers, dict(picture=picture)
 
 
-TASKS: Dict[str, Callable[[], _Task]] = dict(
-    mmpretrain=_Classification, mmseg=_Segmentation, mmdet=_Detection
-)
+# The base classes of the models of mmpretrain, mmseg and mmdet.
+TASKS: Dict[Tuple[str, str], Type[_Task]] = {
+    ('mmpretrain', 'BaseClassifier'): _Classification,
+    ('mmseg', 'BaseSegmentor'): _Segmentation,
+    ('mmdet', 'BaseDetector'): _Detection,
+}
+
+
+def _find_task(model: torch.nn.Module, cfg: Config) -> _Task:
+    for cls in type(model).__mro__:
+        key = (cls.__module__.partition('.')[0], cls.__name__)
+        if key in TASKS:
+            return TASKS[key]()
+    raise UserError(
+        f'the model of {cfg.filename} must be a classifier of mmpretrain, a '
+        'segmentor of mmseg or a detector of mmdet, got '
+        f'{type(model).__name__}'
+    )
 
 
 class Predictor:
     """Run inference with a trained classifier, segmentor or detector.
 
-    The task is determined by the ``default_scope`` of the config. Class
+    Images are loaded and transformed by the pipeline of the config's test
+    dataset, as ``tools/test.py`` does, so predictions are the same. Class
     names are read from the checkpoint. If it has none, those of the test
     dataset of the config are used, and otherwise ``class 0``, ``class 1``
     and so on.
@@ -311,52 +305,25 @@ class Predictor:
         self.score_thr = score_thr
         self.device = choose_device(device)
         cfg = read_config(config)
-        scope = cfg.get('default_scope')
-        if scope not in TASKS:
-            raise UserError(
-                f'default_scope of {cfg.filename} must be one of '
-                f'{", ".join(TASKS)}, got {scope}'
-            )
+        checkpoint = os.path.expanduser(checkpoint)
         if not os.path.isfile(checkpoint) and '://' not in checkpoint:
             raise UserError(f'no such checkpoint file: {checkpoint}')
-        if cfg.get('test_dataloader') is None:
-            raise UserError(
-                f'{cfg.filename} has no test_dataloader, whose '
-                'pipeline prepares the images'
-            )
-        self._task = TASKS[scope]()
-        try:
-            with warnings.catch_warnings():
-                # Inferencers warn about random weights; we load them below.
-                warnings.simplefilter('ignore')
-                self.inferencer = self._task.build_inferencer(cfg, self.device)
-        except ModuleNotFoundError as error:  # mmcv's compiled ops
-            raise UserError(
-                f'{cfg.filename} needs the package {error.name}, which is '
-                f'not installed: {INSTALL_HINTS[scope]}'
-            ) from error
-        model = self.inferencer.model
+        with warnings.catch_warnings():
+            # Losses warn about settings that matter in training only.
+            warnings.simplefilter('ignore')
+            model = build_model(cfg)
+        self._task = _find_task(model, cfg)
+        self.pipeline = TestPipeline(cfg)
         check_checkpoint(checkpoint, model)
-        meta = (
-            load_checkpoint(
-                model, checkpoint, map_location='cpu', logger='silent'
-            )
-            .get('meta', {})
-            .get('dataset_meta')
-            or {}
-        )
-        meta = {key.lower(): value for key, value in meta.items()}
-        if not meta.get('classes'):
-            dataset = cfg.test_dataloader.dataset
-            meta = {
-                **getattr(dataset_class(dataset), 'METAINFO', {}),
-                **(dataset.get('metainfo') or {}),
-            }
-        self.classes = list(meta.get('classes') or [])
-        self.palette = list(meta.get('palette') or [])
-        mean = getattr(model.data_preprocessor, 'mean', None)
-        grey = mean is not None and mean.numel() == 1
-        self.flag = 'grayscale' if grey else 'color'
+        meta = load_checkpoint(
+            model, checkpoint, map_location='cpu', logger='silent'
+        ).get('meta')
+        # Synchronised batch norm needs a GPU, even in evaluation mode.
+        self.model: Any = revert_sync_batchnorm(model)
+        self.model.to(self.device).eval()
+        names = class_names(cfg, meta)
+        self.classes: List[str] = names['classes']
+        self.palette: List[Colour] = names['palette']
 
     @property
     def task(self) -> str:
@@ -366,38 +333,16 @@ class Predictor:
     def name(self, label: int) -> str:
         """Return the name of a class."""
         if label < len(self.classes):
-            return str(self.classes[label])
+            return self.classes[label]
         return f'class {label}'
 
     def colour(self, label: int) -> Colour:
         """Return the RGB colour of a class."""
         if label < len(self.palette):
-            return tuple(self.palette[label])
+            return self.palette[label]
         return distinct_colour(label)
 
-    def read(self, path: str) -> np.ndarray:
-        """Read an image in the format of the model: BGR or grayscale.
-
-        Args:
-            path (str): Path of the image.
-
-        Returns:
-            np.ndarray: Image of shape ``(H, W, 3)`` or ``(H, W)``, uint8.
-
-        Raises:
-            UserError: If the file cannot be read as an image.
-        """
-        try:
-            image = mmcv.imread(path, flag=self.flag)
-        except OSError as error:
-            raise UserError(error.strerror) from error
-        except cv2.error:  # an empty file
-            image = None
-        if image is None:
-            raise UserError('cannot be read as an image')
-        return image
-
-    def predict(self, image: np.ndarray) -> BaseDataElement:
+    def predict(self, batch: dict) -> BaseDataElement:
         """Predict one image and return the data sample.
 
         Images are not batched: mmseg does not support batches of different
@@ -405,25 +350,51 @@ class Predictor:
         would make predictions depend on the other images.
 
         Args:
-            image (np.ndarray): Image of shape ``(H, W, 3)`` or ``(H, W)``,
-                uint8, as returned by :meth:`read`.
+            batch (dict): Batch of one image, as returned by
+                :class:`~mmvvt.apis.pipeline.TestPipeline`.
 
         Returns:
             BaseDataElement: Prediction on the CPU.
+
+        Raises:
+            UserError: If the model cannot process the image; for example, if
+                the image is too small or has a wrong number of channels.
         """
-        (data,) = self.inferencer.preprocess([image], batch_size=1)
-        if not isinstance(data, dict):
-            _, data = data  # mmdet returns (images, data)
-        (sample,) = self.inferencer.forward(data)
+        self._check_channels(batch)
+        try:
+            with torch.no_grad():
+                (sample,) = self.model.test_step(batch)
+        except UserError:
+            raise
+        except FAULTS as error:
+            lines = str(error).strip().splitlines()
+            raise UserError(
+                lines[0] if lines else type(error).__name__
+            ) from error
         return sample.cpu()
+
+    def _check_channels(self, batch: dict) -> None:
+        wanted = getattr(
+            getattr(self.model, 'backbone', None), 'in_channels', None
+        )
+        inputs = batch['inputs'][0] if isinstance(batch, dict) else None
+        if not isinstance(inputs, torch.Tensor) or wanted is None:
+            return
+        # (C, H, W), before the data preprocessor
+        if inputs.dim() == 3 and inputs.shape[0] != wanted:
+            raise UserError(
+                f'the image has {inputs.shape[0]} channels after the test '
+                f'pipeline of the config, the model takes {wanted}'
+            )
 
     def __call__(self, image: Union[str, np.ndarray]) -> dict:
         """Predict one image.
 
         Args:
-            image (str | np.ndarray): Path of an image, or BGR array of shape
-                ``(H, W, 3)``, uint8. Models with one input channel take
-                arrays of shape ``(H, W)``.
+            image (str | np.ndarray): Path of an image, or an array as
+                ``mmcv.imread`` returns it: BGR of shape ``(H, W, 3)``, uint8.
+                If the pipeline of the config loads images in another format,
+                such as grayscale or 16 bits, an array of that format.
 
         Returns:
             dict: Results that can be serialized as JSON: ``labels``,
@@ -431,17 +402,14 @@ class Predictor:
             (fractions of the pixels), ``boxes`` and ``masks``.
 
         Raises:
-            UserError: If the file cannot be read as an image.
+            UserError: If the file cannot be read as an image, does not fit
+                the pipeline, or cannot be processed by the model.
         """
         return self._describe(image)[0]
 
     def _describe(self, image: Union[str, np.ndarray]) -> tuple:
-        if isinstance(image, str):
-            image = self.read(image)
-        shown = (
-            mmcv.gray2rgb(image) if image.ndim == 2 else mmcv.bgr2rgb(image)
-        )
-        return self._task.describe(self, shown, self.predict(image))
+        batch, shown = self.pipeline(image)
+        return self._task.describe(self, shown, self.predict(batch))
 
     def run(
         self, folder: str, files: List[str], out_dir: str
@@ -463,10 +431,8 @@ class Predictor:
             entry = dict(file=os.path.join(folder, file))
             try:
                 numbers, pictures = self._describe(entry['file'])
-            except FAULTS as error:
-                lines = str(error).strip().splitlines()
-                reason = lines[0] if lines else type(error).__name__
-                yield dict(entry, reason=reason)
+            except UserError as error:
+                yield dict(entry, reason=str(error))
                 continue
             for kind, picture in pictures.items():
                 entry[kind] = os.path.join(f'{kind}s', f'{file}.png')

@@ -1,20 +1,26 @@
 """Checks before a run; they raise :class:`mmvvt.errors.UserError`."""
 
-from .config import INSTALL_HINTS, dataset_class, read_config
-from .data import check_data, check_label_maps
-from .weights import (
-    check_checkpoint,
-    check_pretrained_backbone,
-    check_pretrained_files,
+from .config import (
+    INSTALL_HINTS,
+    build_model,
+    class_names,
+    dataset_class,
+    innermost_datasets,
+    read_config,
+    type_name,
 )
+from .run import check_testing, check_training
+from .weights import check_checkpoint
 
 __all__ = [
     'INSTALL_HINTS',
+    'build_model',
     'check_checkpoint',
-    'check_data',
-    'check_label_maps',
-    'check_pretrained_backbone',
-    'check_pretrained_files',
+    'check_testing',
+    'check_training',
+    'class_names',
     'dataset_class',
+    'innermost_datasets',
     'read_config',
+    'type_name',
 ]

@@ -8,12 +8,11 @@ or on none.
 import json
 import os
 from collections import defaultdict
-from typing import Any, Dict, List, Optional, Sequence
-
-from mmengine.fileio import list_from_file
-from mmengine.utils import is_abs
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..errors import AnnotationError
+from .config import type_name
+from .sources import Source, find_backend, is_local
 
 # Keys that mmdet reads from each entry
 KEYS = dict(
@@ -49,12 +48,14 @@ def _some(names: Sequence[str]) -> str:
     return shown + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
-def _read(path: str, parts: Sequence[str]) -> Dict[str, List[dict]]:
+def _read(
+    local: str, path: str, parts: Sequence[str]
+) -> Dict[str, List[dict]]:
     """Read a COCO file and check that it has the keys that mmdet reads."""
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(local, encoding='utf-8') as file:
             content = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f'{path} is not JSON: {error}') from error
     for part in parts:
         entries = content.get(part) if isinstance(content, dict) else None
@@ -72,31 +73,34 @@ def _read(path: str, parts: Sequence[str]) -> Dict[str, List[dict]]:
     return content
 
 
-def _check_categories(
+def _find_category_fault(
     path: str, names: Sequence[str], classes: Sequence[str]
-) -> None:
+) -> Optional[str]:
     missing = [name for name in classes if name not in names]
     if missing:
-        raise AnnotationError(
+        return (
             f'{path} has no category {_some(missing)}, of {len(classes)} '
             f'classes; it has {_some(names) or "none"}; {REMEDY}'
         )
     # mmdet numbers the classes in the order of the categories in the file.
     found = [name for name in names if name in classes]
-    if found != list(classes):
-        index = next(
-            i
-            for i, name in enumerate(found)
-            if i == len(classes) or name != classes[i]
-        )
-        raise AnnotationError(
-            f'{path} has its categories in another order than the classes, '
-            f'or one twice: {found[index]!r} is number {index} of those that '
-            f'are classes; {REMEDY}'
-        )
+    if found == list(classes):
+        return None
+    index = next(
+        i
+        for i, name in enumerate(found)
+        if i == len(classes) or name != classes[i]
+    )
+    return (
+        f'{path} has its categories in another order than the classes, '
+        f'or one twice: {found[index]!r} is number {index} of those that '
+        f'are classes; {REMEDY}'
+    )
 
 
-def _check_images(path: str, folder: str, names: Sequence[str]) -> None:
+def _find_missing_images(
+    path: str, folder: str, names: Sequence[str]
+) -> Optional[str]:
     """Check that images exist; each folder is listed only once for speed."""
     wanted = defaultdict(list)
     for name in names:
@@ -111,53 +115,92 @@ def _check_images(path: str, folder: str, names: Sequence[str]) -> None:
         missing += [
             os.path.join(parent, base) for base in bases if base not in there
         ]
-    if missing:
-        raise AnnotationError(
-            f'{path} lists {len(names)} images, of which '
-            f'{len(missing)} do not exist: {_some(missing)}'
+    if not missing:
+        return None
+    return (
+        f'{path} lists {len(names)} images, of which '
+        f'{len(missing)} do not exist: {_some(missing)}'
+    )
+
+
+def _find_missing_masks(path: str, content: Dict[str, Any]) -> Optional[str]:
+    """Check that objects have masks that mmdet can read."""
+    for index, entry in enumerate(content['annotations']):
+        mask = entry.get('segmentation')
+        if entry.get('ignore') or entry.get('iscrowd'):
+            continue
+        if not (isinstance(mask, (dict, list)) and mask):
+            return (
+                f'{path} has no masks for the mask head of the model: '
+                f"annotations[{index}] has no 'segmentation'; train a model "
+                'without a mask head, or add polygons or run lengths'
+            )
+    return None
+
+
+def _needs_masks(source: Source, metrics: List[dict]) -> bool:
+    if source.loader == 'train_dataloader':
+        return any(
+            step.get('with_mask') and 'Annotations' in type_name(step)
+            for step in source.config.get('pipeline') or []
         )
+    wanted = [metric.get('metric', 'bbox') for metric in metrics]
+    return any('segm' in (w if isinstance(w, list) else [w]) for w in wanted)
 
 
-def check_coco_dataset(dataset: dict, cls: Any, annotated: bool) -> None:
+def _only_writes(metric: dict) -> bool:
+    """Whether a metric writes predictions and does not read annotations."""
+    return bool(metric.get('format_only')) or type_name(metric) in (
+        'DumpDetResults',
+        'DumpPredictions',
+        'DumpResults',
+    )
+
+
+def find_coco_problems(
+    source: Source, metrics: List[dict]
+) -> Iterator[AnnotationError]:
     """Check the annotation file of a dataset, and that its images exist.
 
     Args:
-        dataset (dict): Config of a dataset for whose class :func:`reads_coco`
-            is true. Files with a URL are skipped.
-        cls (type): Class of the dataset.
-        annotated (bool): Whether the file must contain annotations. Test
-            images for which only predictions are computed have none.
+        source (Source): Dataset for whose class :func:`reads_coco` is true.
+        metrics (list[dict]): Configs of the metrics. If they compute scores,
+            the file must contain annotations; if all of them only write
+            predictions, it need not.
 
-    Raises:
+    Yields:
         AnnotationError: If the file is not JSON or not in COCO format, lacks
-            the category of a class, has the classes in a different order, or
-            lists an image that does not exist. The message is one line that
-            names the file and the problem.
+        the category of a class, has the classes in a different order, lists
+        an image that does not exist, or has no masks although the model
+        learns them. The message is one line that names the file and the
+        problem.
     """
-    root = dataset.get('data_root') or ''
-    path = dataset.get('ann_file')
+    dataset = source.dataset
+    path = dataset.ann_file
     if not isinstance(path, str) or not path:
         return
-    if not is_abs(path):
-        path = os.path.join(root, path)
-    if '://' in path:
+    annotated = source.loader == 'train_dataloader' or not (
+        metrics and all(_only_writes(metric) for metric in metrics)
+    )
+    parts = [part for part in KEYS if annotated or part != 'annotations']
+    backend = find_backend(path, dataset)
+    try:
+        with backend.get_local_path(path) as local:
+            content = _read(local, path, parts)
+    except AnnotationError as error:
+        yield source.problem(str(error), AnnotationError)
         return
-    content = _read(
-        path, [part for part in KEYS if annotated or part != 'annotations']
-    )
+    except (AttributeError, NotImplementedError, OSError):
+        return  # The file backend cannot provide the file here.
 
-    metainfo = {**cls.METAINFO, **(dataset.get('metainfo') or {})}
-    classes = metainfo.get('classes', ())
-    if isinstance(classes, str):
-        classes = list_from_file(classes) if os.path.isfile(classes) else ()
-    _check_categories(
-        path, [entry['name'] for entry in content['categories']], classes
-    )
-
-    folder = (dataset.get('data_prefix') or {}).get('img', '')
-    if not is_abs(folder):
-        folder = os.path.join(root, folder)
-    if '://' not in folder:
-        _check_images(
-            path, folder, [entry['file_name'] for entry in content['images']]
-        )
+    names = [entry['name'] for entry in content['categories']]
+    faults = [_find_category_fault(path, names, dataset.metainfo['classes'])]
+    folder = (dataset.data_prefix or {}).get('img') or ''
+    if is_local(find_backend(folder, dataset)):
+        files = [entry['file_name'] for entry in content['images']]
+        faults.append(_find_missing_images(path, folder, files))
+    if 'annotations' in parts and _needs_masks(source, metrics):
+        faults.append(_find_missing_masks(path, content))
+    for fault in faults:
+        if fault is not None:
+            yield source.problem(fault, AnnotationError)

@@ -2,11 +2,14 @@
 
 import copy
 import os
+import re
 from importlib import import_module
-from typing import Iterator, List, Optional, Union
+from typing import Any, Iterator, List, Optional, Union
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.fileio import list_from_file
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from torch import nn
 
 from ..errors import UserError
 
@@ -46,7 +49,8 @@ def read_config(
             cfg = Config.fromfile(path)
         if options:
             cfg.merge_from_dict(options)
-        scope = cfg.get('default_scope', 'mmengine')
+        # Pure Python configs may set default_scope to None.
+        scope = cfg.get('default_scope') or 'mmengine'
         import_module(scope)
     except ModuleNotFoundError as error:
         raise UserError(
@@ -55,6 +59,23 @@ def read_config(
         ) from error
     init_default_scope(scope)
     return cfg
+
+
+def type_name(cfg: Any) -> str:
+    """Return the class name of a config without its scope.
+
+    Args:
+        cfg (dict | None): Config whose ``type`` is a class, or a name with or
+            without a scope, such as 'mmdet.CocoMetric'.
+
+    Returns:
+        str: Name such as 'CocoMetric'; '' without a type.
+    """
+    kind = cfg.get('type') if isinstance(cfg, dict) else None
+    if kind is None:
+        return ''
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.rpartition('.')[2]
 
 
 def innermost_datasets(dataset: dict) -> Iterator[dict]:
@@ -81,3 +102,123 @@ def dataset_class(dataset: dict) -> Optional[type]:
         return dataset['type']
     with DATASETS.switch_scope_and_registry(None) as registry:
         return registry.get(dataset['type'])
+
+
+def dataset_meta(dataset: dict) -> dict:
+    """Return the meta information of a dataset config without its data.
+
+    Args:
+        dataset (dict): Dataset config, may be a dataset wrapper.
+
+    Returns:
+        dict: ``classes`` and ``palette``, if the config names the classes.
+        Otherwise, those of the dataset class. Keys are missing if neither
+        has them.
+    """
+    dataset = next(innermost_datasets(dataset))
+    own = {k.lower(): v for k, v in (dataset.get('metainfo') or {}).items()}
+    classes = own.get('classes') or dataset.get('classes')
+    if classes is not None:
+        if isinstance(classes, str):
+            classes = (
+                list_from_file(classes)
+                if os.path.isfile(os.path.expanduser(classes))
+                else [classes]
+            )
+        # The palette of the dataset class belongs to its own classes.
+        return dict(classes=list(classes), palette=own.get('palette') or [])
+    meta = getattr(dataset_class(dataset), 'METAINFO', None) or {}
+    meta = {key.lower(): value for key, value in meta.items()}
+    return {**meta, **own}
+
+
+def class_names(cfg: Config, meta: Optional[dict] = None) -> dict:
+    """Return the names and colours of the classes of a model.
+
+    Args:
+        cfg (Config): Config with a ``test_dataloader``.
+        meta (dict, optional): ``meta`` of a checkpoint, which has the names
+            that the model was trained with. Defaults to None.
+
+    Returns:
+        dict: ``classes`` (list[str]) and ``palette`` (list of RGB colours):
+        those of the checkpoint, otherwise those that the config gives the
+        test dataset, otherwise those of the dataset class. Both are empty if
+        none of them names the classes.
+    """
+    found = (meta or {}).get('dataset_meta') or {}
+    found = {key.lower(): value for key, value in found.items()}
+    if not found.get('classes') and cfg.get('test_dataloader'):
+        found = dataset_meta(cfg.test_dataloader.dataset)
+    classes = found.get('classes')
+    palette = found.get('palette')
+    return dict(
+        classes=[str(name) for name in ([] if classes is None else classes)],
+        palette=[tuple(colour) for colour in palette]
+        if isinstance(palette, (list, tuple))
+        else [],
+    )
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a config as the runner does, with random weights.
+
+    Args:
+        cfg (Config): The complete config.
+
+    Returns:
+        nn.Module: The model.
+
+    Raises:
+        UserError: If the config has no model, or if the model refers to a
+            class, an argument or a package that does not exist.
+    """
+    if not isinstance(cfg.get('model'), dict):
+        raise UserError(f'{cfg.filename or "the config"} has no model')
+    model = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        model.setdefault(
+            'data_preprocessor', copy.deepcopy(cfg.data_preprocessor)
+        )
+    try:
+        return MODELS.build(model)
+    except ModuleNotFoundError as error:
+        package = cfg.get('default_scope') or error.name.partition('.')[0]
+        raise UserError(
+            f'{cfg.filename or "the model"} needs the package {error.name}, '
+            'which is not installed: '
+            f'{INSTALL_HINTS.get(package, "see README.md")}'
+        ) from error
+    except UserError:
+        raise
+    except (KeyError, TypeError) as error:
+        reason = _config_fault(error)
+        if reason is None:
+            raise  # an error inside a module
+        raise UserError(f'the model of {cfg.filename}: {reason}') from error
+
+
+def _config_fault(error: Exception) -> Optional[str]:
+    """Explain an unknown class or a wrong argument; None for other errors."""
+    text = str(error.args[0] if error.args else error)
+    unknown = re.search(r'(\S+) is not in the (\S+) registry', text)
+    if unknown:
+        return (
+            f'{unknown[1]} is not registered in {unknown[2]}; check its name, '
+            'and that custom_imports imports its module'
+        )
+    wrong = re.search(
+        r'(\w+)\.__init__\(\) (?:got an unexpected keyword|missing \d+ '
+        r'required \S+) arguments?:? (.*)',
+        text,
+    )
+    if wrong is None:
+        return None
+    kind = 'needs' if 'missing' in wrong[0] else 'has no'
+    hint = ''
+    if wrong[2].strip("'") == 'pretrained':
+        hint = (
+            "; name the weights with init_cfg=dict(type='Pretrained', "
+            "checkpoint='FILE', prefix='backbone.') of the backbone"
+        )
+    return f'{wrong[1]} {kind} argument {wrong[2]}{hint}'

@@ -1,15 +1,15 @@
-"""Checks of the files that the datasets of a config read."""
+"""Checks of the files and folders that datasets read."""
 
 import inspect
 import os
-from typing import Dict, List, Set
+from typing import Iterator, List
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 
-from ..errors import AnnotationError, UserError
-from .coco import check_coco_dataset, reads_coco
-from .config import dataset_class, innermost_datasets
+from ..errors import UserError
+from .coco import find_coco_problems, reads_coco
+from .config import dataset_class, type_name
+from .sources import Source, exists, find_backend, is_empty
 
 
 def _fetches_itself(dataset: dict) -> bool:
@@ -21,115 +21,91 @@ def _fetches_itself(dataset: dict) -> bool:
     return parameter is not None and dataset.get('download', parameter.default)
 
 
-def _check_folder(path: str, where: str) -> None:
-    if '://' in path:
-        return  # Remote storage is not checked.
-    if not os.path.isdir(path):
-        raise UserError(f'{where}: the data folder does not exist: {path}')
-    if not any(os.scandir(path)):
-        raise UserError(f'{where}: the data folder is empty: {path}')
+def evaluators_of(cfg: Config, loader: str) -> List[dict]:
+    """Return the configs of the metrics that evaluate a data loader."""
+    evaluator = cfg.get(loader.replace('dataloader', 'evaluator'))
+    if isinstance(evaluator, dict) and 'metrics' in evaluator:
+        evaluator = evaluator['metrics']  # mmengine's Evaluator
+    if not isinstance(evaluator, (list, tuple)):
+        evaluator = [evaluator]
+    return [metric for metric in evaluator if isinstance(metric, dict)]
 
 
-def _check_annotations(path: str, where: str) -> None:
-    if '://' not in path and not os.path.isfile(path):
-        raise UserError(f'{where}: the annotation file does not exist: {path}')
+def _find_path_problems(source: Source) -> Iterator[UserError]:
+    """Check the root, the folders and the annotation file of a dataset."""
+    dataset, config = source.dataset, source.config
+    root = getattr(dataset, 'data_root', None) or ''
+    prefix = getattr(dataset, 'data_prefix', None) or {}
+    folders = [root, *(prefix.values() if isinstance(prefix, dict) else [])]
+    needs_labels = loads_annotations(config)
+    for folder in dict.fromkeys(folders):
+        if not isinstance(folder, str) or not folder:
+            continue
+        if not needs_labels and folder == prefix.get('seg_map_path'):
+            continue
+        backend = find_backend(folder, dataset)
+        if not exists(backend, folder, folder=True):
+            yield source.problem(f'the data folder does not exist: {folder}')
+            return
+        if is_empty(backend, folder):
+            yield source.problem(f'the data folder is empty: {folder}')
+            return
+    path = getattr(dataset, 'ann_file', None)
+    # mmseg also accepts a folder, which it then ignores.
+    if isinstance(path, str) and path and not os.path.isdir(path):
+        if not exists(find_backend(path, dataset), path, folder=False):
+            yield source.problem(f'the annotation file does not exist: {path}')
 
 
-def check_data(cfg: Config, loaders: List[str]) -> None:
+def loads_annotations(config: dict) -> bool:
+    """Whether the pipeline of a dataset config loads annotations."""
+    pipeline = config.get('pipeline') or []
+    return any('Annotations' in type_name(step) for step in pipeline)
+
+
+def find_data_problems(
+    cfg: Config, sources: List[Source]
+) -> Iterator[UserError]:
     """Check that the files of all datasets exist.
 
+    Files are looked up with mmengine's file backends, as during the run.
+    Files of a backend that cannot tell whether they exist are not checked.
     The annotation files of COCO datasets must also be in COCO format and have
     the categories of the classes, and the images that they list must exist.
 
     Args:
         cfg (Config): The complete config.
-        loaders (list[str]): Names of the data loaders that will be used.
-            Datasets that create or download their files are skipped.
+        sources (list[Source]): Datasets. Those that create or download their
+            files are skipped.
 
-    Raises:
-        UserError: If a file or folder is missing, or a folder is empty. The
-            message is one line.
+    Yields:
+        UserError: If a file or folder is missing, or a folder is empty.
         AnnotationError: If a COCO annotation file is invalid.
     """
-    for loader in loaders:
-        if cfg.get(loader) is None:
+    checked = set()
+    for source in sources:
+        if _fetches_itself(source.config):
+            source.intact = False  # Its files may not exist yet.
             continue
-        evaluator = cfg.get(loader.replace('dataloader', 'evaluator'))
-        if not isinstance(evaluator, dict):
-            evaluator = {}
-        datasets = [
-            dataset
-            for dataset in innermost_datasets(cfg[loader]['dataset'])
-            if not _fetches_itself(dataset)
-        ]
-        for dataset in datasets:
-            where = f'{loader} ({dataset["type"]})'
-            root = dataset.get('data_root') or ''
-            prefix = dataset.get('data_prefix') or ''
-            folders = prefix.values() if isinstance(prefix, dict) else [prefix]
-            if root:
-                _check_folder(root, where)
-            for folder in folders:
-                if isinstance(folder, str) and folder:
-                    _check_folder(os.path.join(root, folder), where)
-            annotations = dataset.get('ann_file')
-            if isinstance(annotations, str) and annotations:
-                _check_annotations(os.path.join(root, annotations), where)
-            cls = dataset_class(dataset)
-            if cls is not None and reads_coco(cls):
-                try:
-                    check_coco_dataset(
-                        dataset,
-                        cls,
-                        annotated=not evaluator.get('format_only', False),
-                    )
-                except AnnotationError as error:
-                    raise AnnotationError(f'{where}: {error}') from error
-        # Annotation file of the metric. It may not exist yet if the dataset
-        # creates its own files.
-        annotations = evaluator.get('ann_file')
-        if datasets and isinstance(annotations, str):
-            where = f'{loader.replace("dataloader", "evaluator")} '
-            _check_annotations(
-                annotations, f'{where}({evaluator.get("type")})'
+        checked.add(source.loader)
+        if source.fault is not None:
+            yield source.problem(source.fault)
+            continue
+        yield from _find_path_problems(source)
+        if source.intact and reads_coco(dataset_class(source.config)):
+            yield from find_coco_problems(
+                source, evaluators_of(cfg, source.loader)
             )
-
-
-def check_label_maps(cfg: Config, loaders: List[str]) -> None:
-    """Check that each image of a segmentation dataset has a label map.
-
-    Without this check, mmseg fails only when it loads the image, possibly
-    hours after the start of the run.
-
-    Args:
-        cfg (Config): The complete config; configs with a default scope other
-            than mmseg are skipped.
-        loaders (list[str]): Names of the data loaders that will be used.
-
-    Raises:
-        UserError: If a label map is missing. The message is one line.
-    """
-    if cfg.get('default_scope') != 'mmseg':
-        return
-    listed: Dict[str, Set[str]] = {}  # File names by folder, each read once
-    for loader in loaders:
-        if cfg.get(loader) is None:
-            continue
-        for config in innermost_datasets(cfg[loader]['dataset']):
-            dataset = DATASETS.build(dict(config, pipeline=[]))
-            for index in range(len(dataset)):
-                path = dataset.get_data_info(index).get('seg_map_path')
-                if path is None or '://' in path:
-                    continue
-                folder, name = os.path.split(path)
-                if folder not in listed:
-                    listed[folder] = (
-                        set(os.listdir(folder))
-                        if os.path.isdir(folder)
-                        else set()
-                    )
-                if name not in listed[folder]:
-                    raise UserError(
-                        f'{loader} ({config["type"]}): the annotation file '
-                        f'does not exist: {path}'
-                    )
+    # The metric may read a file of its own. If the dataset creates its files,
+    # it may not exist yet.
+    for loader in dict.fromkeys(source.loader for source in sources):
+        for metric in evaluators_of(cfg, loader):
+            path = metric.get('ann_file')
+            if loader not in checked or not isinstance(path, str):
+                continue
+            name = loader.replace('dataloader', 'evaluator')
+            if not exists(find_backend(path), path, folder=False):
+                yield UserError(
+                    f'{name} ({type_name(metric)}): the annotation file does '
+                    f'not exist: {path}'
+                )

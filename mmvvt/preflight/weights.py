@@ -1,7 +1,8 @@
 """Checks of pretrained weights and checkpoints against a model."""
 
 import os
-from typing import Any, Dict, Iterator
+import re
+from typing import Any, Dict, Iterator, Optional
 
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import READS_RUNNER_CHECKPOINTS, load_checkpoint_file
 from ..errors import CheckpointError
+from .config import type_name
 
 
 def _pretrained(node, where: str = 'model') -> Iterator[tuple]:
     """Find each ``init_cfg`` of type 'Pretrained', and its path."""
     if isinstance(node, dict):
-        if node.get('type') == 'Pretrained' and 'checkpoint' in node:
+        names = ('Pretrained', 'PretrainedInit')
+        if type_name(node) in names and 'checkpoint' in node:
             yield where, node
         for key, child in node.items():
             yield from _pretrained(child, f'{where}.{key}')
@@ -23,29 +26,42 @@ def _pretrained(node, where: str = 'model') -> Iterator[tuple]:
             yield from _pretrained(child, f'{where}[{index}]')
 
 
-def check_pretrained_files(cfg: Config) -> None:
+def find_pretrained_problems(cfg: Config) -> Iterator[CheckpointError]:
     """Check that the pretrained checkpoints of all ``init_cfg`` exist.
 
     Args:
         cfg (Config): The complete config. Checkpoints with a URL are skipped.
 
-    Raises:
-        CheckpointError: If a file is missing. The message is one line.
+    Yields:
+        CheckpointError: If a file is missing.
     """
-    for where, init_cfg in _pretrained(cfg.model):
+    for where, init_cfg in _pretrained(cfg.get('model')):
         path = init_cfg['checkpoint']
-        if '://' not in path and not os.path.isfile(path):
-            raise CheckpointError(
+        if not is_url(path) and not os.path.isfile(os.path.expanduser(path)):
+            yield CheckpointError(
                 f'no such pretrained checkpoint: {path}; put it there, or '
                 f'start from random weights with --cfg-options '
                 f'{where}=None'
             )
 
 
-def _read_state(path: str, prefix: str) -> Dict[str, Tensor]:
-    """Read the tensors whose keys have a prefix, and remove the prefix."""
-    checkpoint = load_checkpoint_file(path)
+def is_url(path: str) -> bool:
+    """Whether a checkpoint is not a local file for mmengine."""
+    return '://' in path
+
+
+def _read_state(path: str, prefix: Optional[str]) -> Dict[str, Tensor]:
+    """Read the tensors that mmengine would load, with the names of a module.
+
+    With a prefix, these are the tensors below this prefix; mmengine accepts
+    it with and without the final dot. Without a prefix, mmengine removes
+    ``module.`` from the names, which a distributed model writes.
+    """
+    checkpoint = load_checkpoint_file(os.path.expanduser(path))
     state = checkpoint.get('state_dict', checkpoint)
+    if prefix is None:
+        return {re.sub(r'^module\.', '', k): v for k, v in state.items()}
+    prefix = prefix if prefix.endswith('.') else f'{prefix}.'
     return {
         key[len(prefix) :]: tensor
         for key, tensor in state.items()
@@ -53,9 +69,11 @@ def _read_state(path: str, prefix: str) -> Dict[str, Tensor]:
     }
 
 
-def _check_fit(module: nn.Module, path: str, prefix: str, what: str) -> None:
+def _check_fit(
+    module: nn.Module, path: str, prefix: Optional[str], what: str
+) -> None:
     """Raise CheckpointError if a file does not have a module's weights."""
-    if '://' in path or not READS_RUNNER_CHECKPOINTS:
+    if is_url(path) or not READS_RUNNER_CHECKPOINTS:
         return  # Only the runner can read these checkpoints.
     state = _read_state(path, prefix)
     wanted = {
@@ -106,14 +124,14 @@ def check_pretrained_backbone(cfg: Config, model: nn.Module) -> None:
         CheckpointError: If tensors are missing in the checkpoint or have a
             different shape. The message is one line.
     """
-    init_cfg = cfg.model.get('backbone', {}).get('init_cfg')
-    if not isinstance(init_cfg, dict) or init_cfg.get('type') != 'Pretrained':
+    init_cfg = (cfg.model.get('backbone') or {}).get('init_cfg')
+    if type_name(init_cfg) not in ('Pretrained', 'PretrainedInit'):
         return
     path = init_cfg['checkpoint']
     _check_fit(
         _unwrap(model).backbone,
         path,
-        init_cfg.get('prefix') or '',
+        init_cfg.get('prefix'),
         f'the pretrained backbone in {path}',
     )
 
@@ -132,4 +150,4 @@ def check_checkpoint(path: str, model: nn.Module) -> None:
         CheckpointError: If tensors are missing in the checkpoint or have a
             different shape. The message is one line.
     """
-    _check_fit(_unwrap(model), path, '', f'the checkpoint {path}')
+    _check_fit(_unwrap(model), path, None, f'the checkpoint {path}')

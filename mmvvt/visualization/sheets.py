@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .predictions import draw_detection
+from .predictions import distinct_colour, draw_detection
 
 Palette = Sequence[Sequence[int]]
 
@@ -38,6 +38,19 @@ def _spread(predictions: List[dict], count: int) -> List[dict]:
     count = min(count, len(predictions))
     steps = np.linspace(0, len(predictions) - 1, count).astype(int)
     return [predictions[i] for i in steps]
+
+
+def _name(classes: Sequence[str], label: int) -> str:
+    """Return the name of a class; some checkpoints have no names."""
+    return str(classes[label]) if label < len(classes) else f'class {label}'
+
+
+def _complete(palette: Palette, count: int) -> List[Tuple[int, ...]]:
+    """Add colours to a palette of fewer than ``count`` colours."""
+    missing = range(len(palette), count)
+    return [tuple(rgb) for rgb in palette] + [
+        distinct_colour(label) for label in missing
+    ]
 
 
 def _read(sample: dict) -> np.ndarray:
@@ -97,9 +110,9 @@ def draw_classification_sheet(
         is_right = true == predicted
         axis.imshow(_read(sample), interpolation='nearest')
         axis.set_title(
-            f'true {classes[true]}\n'
-            f'{"predicted" if is_right else "WRONG:"} {classes[predicted]}, '
-            f'{probability:.0%}',
+            f'true {_name(classes, true)}\n'
+            f'{"predicted" if is_right else "WRONG:"} '
+            f'{_name(classes, predicted)}, {probability:.0%}',
             fontsize=10,
             color=RIGHT if is_right else WRONG,
             fontweight='normal' if is_right else 'bold',
@@ -154,6 +167,7 @@ def draw_segmentation_sheet(
     )
     for axis, name in zip(axes[0], ('image', 'truth', 'prediction') * columns):
         axis.set_title(name, fontsize=11)
+    palette = _complete(palette, len(classes))
     for place, sample in enumerate(_spread(predictions, rows * columns)):
         truth, predicted = (
             sample[key]['data'].squeeze().numpy()
@@ -235,6 +249,7 @@ def draw_detection_sheet(
         ):
             found = sample[key]
             labels = np.asarray(found['labels'])
+            palette = _complete(palette, 1 + max(labels, default=-1))
             scores: Optional[np.ndarray] = None
             shown: np.ndarray = np.arange(len(labels))
             if 'scores' in found:
@@ -247,7 +262,7 @@ def draw_detection_sheet(
             picture = draw_detection(
                 image,
                 np.asarray(found['bboxes'])[shown],
-                [str(classes[labels[i]]) for i in shown],
+                [_name(classes, labels[i]) for i in shown],
                 None if scores is None else scores.tolist(),
                 [tuple(palette[labels[i]]) for i in shown],
                 _masks(None if masks is None else [masks[i] for i in shown]),

@@ -8,8 +8,10 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmvvt.errors import AnnotationError, UserError
-from mmvvt.preflight import check_data, dataset_class
+from mmvvt.preflight import dataset_class
 from mmvvt.preflight.coco import reads_coco
+
+from conftest import check_files
 
 pytest.importorskip('mmdet')
 
@@ -65,7 +67,7 @@ def config(root, evaluator=None, **dataset):
 
 def check(cfg):
     with DefaultScope.overwrite_default_scope('mmdet'):
-        check_data(cfg, ['test_dataloader'])
+        check_files(cfg, ['test_dataloader'])
 
 
 def fault(root, content, **dataset):

@@ -5,7 +5,8 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmvvt.errors import UserError
-from mmvvt.preflight import check_data
+
+from conftest import check_files
 
 
 def config(**dataset):
@@ -14,7 +15,7 @@ def config(**dataset):
 
 def check(cfg):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        check_data(cfg, ['train_dataloader', 'val_dataloader'])
+        check_files(cfg, ['train_dataloader', 'val_dataloader'])
 
 
 @pytest.fixture

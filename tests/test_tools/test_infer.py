@@ -557,7 +557,7 @@ def test_everything_can_be_caught(folder, digits_checkpoint, tmp_path):
         (('none.py', weights), 'no such config file: none.py'),
         ((digits, 'none.pth'), 'no such checkpoint file: none.pth'),
         ((digits, __file__), 'refused to load|truncated'),
-        ((str(other), weights), 'default_scope of .* must be one of'),
+        ((str(other), weights), 'config.py has no model'),
         ((digits, weights, 'abacus'), 'device abacus cannot be used'),
         ((digits, weights, 'cpu', 30), 'score_thr must be from 0 to 1'),
     ]:

@@ -7,9 +7,10 @@ import sys
 import mmengine
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
+from mmvvt.checkpoint import load_checkpoint_file
 from mmvvt.cli import run
 from mmvvt.errors import UserError
-from mmvvt.preflight import dataset_class, read_config
+from mmvvt.preflight import class_names, read_config
 from mmvvt.visualization import draw_classification_sheet, plot_curves
 
 
@@ -28,7 +29,8 @@ def main():
         if not os.path.exists(path):
             raise UserError(f'no such file or folder: {path}')
     cfg = read_config(args.config)
-    classes = dataset_class(cfg.test_dataloader.dataset).METAINFO['classes']
+    meta = load_checkpoint_file(args.checkpoint).get('meta')
+    classes = class_names(cfg, meta)['classes']
     predictions = mmengine.load(args.predictions)
     right = sum(
         int(sample['pred_label']) == int(sample['gt_label'])

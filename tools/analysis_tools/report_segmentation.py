@@ -6,9 +6,10 @@ import os
 import mmengine
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
+from mmvvt.checkpoint import load_checkpoint_file
 from mmvvt.cli import run
 from mmvvt.errors import UserError
-from mmvvt.preflight import dataset_class, read_config
+from mmvvt.preflight import class_names, read_config
 from mmvvt.visualization import draw_segmentation_sheet
 
 
@@ -17,6 +18,11 @@ def parse_args():
     parser.add_argument('config', help='config file')
     parser.add_argument('predictions', help='output of tools/test.py --out')
     parser.add_argument('out', help='PNG file to write')
+    parser.add_argument(
+        '--checkpoint',
+        help='checkpoint that was tested, whose class names are used '
+        '(default: those of the config)',
+    )
     return parser.parse_args()
 
 
@@ -25,7 +31,10 @@ def main():
     if not os.path.isfile(args.predictions):
         raise UserError(f'no such file: {args.predictions}')
     cfg = read_config(args.config)
-    meta = dataset_class(cfg.test_dataloader.dataset).METAINFO
+    meta = None
+    if args.checkpoint is not None:
+        meta = load_checkpoint_file(args.checkpoint).get('meta')
+    names = class_names(cfg, meta)
     predictions = mmengine.load(args.predictions)
     if not predictions or 'pred_sem_seg' not in predictions[0]:
         raise UserError(
@@ -34,8 +43,8 @@ def main():
     name = os.path.splitext(os.path.basename(args.config))[0]
     draw_segmentation_sheet(
         predictions,
-        meta['classes'],
-        meta['palette'],
+        names['classes'],
+        names['palette'],
         f'{name}: some of {len(predictions)} validation images',
         args.out,
     )
