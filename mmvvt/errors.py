@@ -36,13 +36,4 @@ class BackendError(UserError, RuntimeError):
 
 
 class PreflightError(UserError):
-    """Several problems that were found before a run.
-
-    Args:
-        problems (list[UserError]): The problems; the message has one line
-            for each.
-    """
-
-    def __init__(self, problems):
-        super().__init__('\n'.join(str(problem) for problem in problems))
-        self.problems = list(problems)
+    """Several problems that were found before a run, one line each."""

@@ -5,7 +5,7 @@ from typing import Any, List
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from ..analysis.memory import peak_memory_gib
 
@@ -48,12 +48,14 @@ class _StepMeter(Hook):
         start = time.perf_counter()
         runner.model.train_step(data_batch, optim_wrapper=wrapper)
         self._add_step(data_batch, time.perf_counter() - start)
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        epochs = f' in {loop.max_epochs} epochs' if by_epoch else ''
         size = _size(runner.model.state_dict()) + _size(wrapper.state_dict())
         self.lines += [
             f'parameters: {total / 1e6:.2f} M, of which '
             f'{trained / 1e6:.2f} M are trained',
             f'checkpoint: {size / 2**20:.1f} MiB',
-            f'steps: {loop.max_iters} in {loop.max_epochs} epochs',
+            f'steps: {loop.max_iters}' + epochs,
         ]
         raise _Stop
 

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from typing import Iterator, List
+from typing import Iterator, List, Set
 
 from mmengine.config import Config
 
@@ -31,8 +31,13 @@ def evaluators_of(cfg: Config, loader: str) -> List[dict]:
     return [metric for metric in evaluator if isinstance(metric, dict)]
 
 
-def _find_path_problems(source: Source) -> Iterator[UserError]:
-    """Check the root, the folders and the annotation file of a dataset."""
+def _find_path_problems(
+    source: Source, reported: Set[str]
+) -> Iterator[UserError]:
+    """Check the root, the folders and the annotation file of a dataset.
+
+    Each path is reported once, also if several datasets use it.
+    """
     dataset, config = source.dataset, source.config
     root = getattr(dataset, 'data_root', None) or ''
     prefix = getattr(dataset, 'data_prefix', None) or {}
@@ -44,11 +49,16 @@ def _find_path_problems(source: Source) -> Iterator[UserError]:
         if not needs_labels and folder == prefix.get('seg_map_path'):
             continue
         backend = find_backend(folder, dataset)
+        fault = None
         if not exists(backend, folder, folder=True):
-            yield source.problem(f'the data folder does not exist: {folder}')
-            return
-        if is_empty(backend, folder):
-            yield source.problem(f'the data folder is empty: {folder}')
+            fault = 'does not exist'
+        elif is_empty(backend, folder):
+            fault = 'is empty'
+        if fault is not None:
+            problem = source.problem(f'the data folder {fault}: {folder}')
+            if folder not in reported:
+                yield problem
+            reported.add(folder)
             return
     path = getattr(dataset, 'ann_file', None)
     # mmseg also accepts a folder, which it then ignores.
@@ -83,15 +93,16 @@ def find_data_problems(
         AnnotationError: If a COCO annotation file is invalid.
     """
     checked = set()
+    reported: Set[str] = set()
     for source in sources:
         if _fetches_itself(source.config):
-            source.intact = False  # Its files may not exist yet.
+            source.fetches_itself = True  # Its files may not exist yet.
             continue
         checked.add(source.loader)
         if source.fault is not None:
             yield source.problem(source.fault)
             continue
-        yield from _find_path_problems(source)
+        yield from _find_path_problems(source, reported)
         if source.intact and reads_coco(dataset_class(source.config)):
             yield from find_coco_problems(
                 source, evaluators_of(cfg, source.loader)

@@ -36,10 +36,11 @@ def find_label_problems(
     for source in sources:
         if not source.intact or source.dataset is None:
             continue
-        if source.inherits('mmseg', 'BaseSegDataset'):
+        if source.inherits('mmpretrain', 'BaseDataset'):
+            if not source.fetches_itself:  # Do not start a download here.
+                yield from _find_image_label_problems(cfg, source)
+        elif not source.inherits('mmdet', 'BaseDetDataset'):
             yield from _find_label_map_problems(cfg, source)
-        elif source.inherits('mmpretrain', 'BaseDataset'):
-            yield from _find_image_label_problems(cfg, source)
 
 
 def _read_samples(source: Source) -> Tuple[List[dict], Optional[UserError]]:

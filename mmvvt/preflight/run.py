@@ -33,7 +33,7 @@ def raise_problems(problems: List[UserError]) -> None:
         PreflightError: If there are several; its message has a line for each.
     """
     if len(problems) > 1:
-        raise PreflightError(problems)
+        raise PreflightError('\n'.join(map(str, problems)))
     if problems:
         raise problems[0]
 

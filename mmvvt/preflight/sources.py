@@ -1,6 +1,6 @@
 """The datasets of a run, opened without loading their images."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Iterator, List, Optional
 
 from mmengine.config import Config
@@ -29,6 +29,7 @@ class Source:
             but not read any file. None if it cannot be built in this way.
         fault (str, optional): Why the dataset cannot be built.
         intact (bool): Whether no problem has been found in its files yet.
+        fetches_itself (bool): Whether it creates or downloads its files.
     """
 
     loader: str
@@ -36,7 +37,8 @@ class Source:
     wrapped: bool
     dataset: Any = None
     fault: Optional[str] = None
-    intact: bool = field(default=True)
+    intact: bool = True
+    fetches_itself: bool = False
 
     @property
     def where(self) -> str:

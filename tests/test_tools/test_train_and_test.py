@@ -398,7 +398,8 @@ IMAGENET = ROOT / 'configs/classification/vvt-tiny_8xb128_in1k.py'
             'test.py',
             [IMAGENET, __file__],
             'test_dataloader (ImageNet): the data '
-            'folder does not exist: data/imagenet',
+            'folder does not exist: data/imagenet\n'
+            f'error: refused to load {__file__}: Unsupported operand 34',
         ),
         (
             'test.py',
