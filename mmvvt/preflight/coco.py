@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..errors import AnnotationError
-from .config import type_name
+from .config import pipeline_steps, type_name
 from .sources import Source, find_backend, is_local
 
 # Keys that mmdet reads from each entry
@@ -142,7 +142,7 @@ def _needs_masks(source: Source, metrics: List[dict]) -> bool:
     if source.loader == 'train_dataloader':
         return any(
             step.get('with_mask') and 'Annotations' in type_name(step)
-            for step in source.config.get('pipeline') or []
+            for step in pipeline_steps(source.config)
         )
     wanted = [metric.get('metric', 'bbox') for metric in metrics]
     return any('segm' in (w if isinstance(w, list) else [w]) for w in wanted)

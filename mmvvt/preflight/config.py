@@ -89,6 +89,28 @@ def innermost_datasets(dataset: dict) -> Iterator[dict]:
         yield from innermost_datasets(part)
 
 
+def pipeline_steps(dataset: dict) -> Iterator[dict]:
+    """Iterate over the transforms of a dataset config.
+
+    Transforms inside of other transforms, such as those of ``TestTimeAug``,
+    are included.
+
+    Args:
+        dataset (dict): Dataset config.
+
+    Yields:
+        dict: Config of a transform.
+    """
+    steps = list(dataset.get('pipeline') or [])
+    while steps:
+        step = steps.pop(0)
+        if isinstance(step, dict):
+            yield step
+            steps = list(step.get('transforms') or []) + steps
+        elif isinstance(step, (list, tuple)):
+            steps = list(step) + steps
+
+
 def dataset_class(dataset: dict) -> Optional[type]:
     """Return the class of a dataset config, found in the current scope.
 

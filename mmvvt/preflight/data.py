@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from ..errors import UserError
 from .coco import find_coco_problems, reads_coco
-from .config import dataset_class, type_name
+from .config import dataset_class, pipeline_steps, type_name
 from .sources import Source, exists, find_backend, is_empty
 
 
@@ -69,8 +69,9 @@ def _find_path_problems(
 
 def loads_annotations(config: dict) -> bool:
     """Whether the pipeline of a dataset config loads annotations."""
-    pipeline = config.get('pipeline') or []
-    return any('Annotations' in type_name(step) for step in pipeline)
+    return any(
+        'Annotations' in type_name(step) for step in pipeline_steps(config)
+    )
 
 
 def find_data_problems(

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 
 from ..errors import LabelError, UserError
-from .config import type_name
+from .config import pipeline_steps, type_name
 from .sources import Source, find_backend, first_line, is_local
 
 # Number of label maps of a dataset whose values are checked.
@@ -92,7 +92,7 @@ def _find_label_map_problems(
     loader = next(
         (
             step
-            for step in source.config.get('pipeline') or []
+            for step in pipeline_steps(source.config)
             if 'Annotations' in type_name(step)
         ),
         None,

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 
 from ..errors import UserError
-from .config import type_name
+from .config import pipeline_steps, type_name
 from .data import evaluators_of
 from .sources import Source, first_line
 
@@ -76,7 +76,7 @@ def _numbers(cfg: Config, sources: List[Source]) -> Iterator[Tuple[str, int]]:
             if isinstance(number, int):
                 yield f'{where}.num_classes', number
     for source in sources:
-        for step in source.config.get('pipeline') or []:
+        for step in pipeline_steps(source.config):
             if type_name(step) == 'CheckLabels' and 'num_classes' in step:
                 yield (
                     f'CheckLabels.num_classes of {source.loader}',
