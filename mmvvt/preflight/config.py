@@ -43,21 +43,23 @@ def read_config(
         path, cfg = config, None
         if not os.path.isfile(path):
             raise UserError(f'no such config file: {path}')
-    scope = None
+    scope: Optional[str] = None
     try:
         if cfg is None:
             cfg = Config.fromfile(path)
         if options:
             cfg.merge_from_dict(options)
-        # Pure Python configs may set default_scope to None.
-        scope = cfg.get('default_scope') or 'mmengine'
-        import_module(scope)
+        scope = cfg.get('default_scope', 'mmengine')
+        if scope is not None:
+            import_module(scope)
     except ModuleNotFoundError as error:
         raise UserError(
             f'{path} needs the package {error.name}, which is not installed: '
             f'{INSTALL_HINTS.get(scope or "", "see README.md")}'
         ) from error
-    init_default_scope(scope)
+    # Pure Python configs, whose types are classes, have no default scope.
+    if scope is not None:
+        init_default_scope(scope)
     return cfg
 
 

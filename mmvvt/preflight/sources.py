@@ -95,10 +95,11 @@ def open_sources(cfg: Config, loaders: List[str]) -> List[Source]:
                 source.dataset = DATASETS.build(
                     dict(config, pipeline=[], lazy_init=True)
                 )
-            except (TypeError, KeyError, ImportError):
-                pass  # Not a BaseDataset; the runner reports unknown classes.
+            except (TypeError, ImportError):
+                pass  # Not a BaseDataset, or a package that is missing.
             except Exception as error:
-                source.fault = first_line(error)
+                if dataset_class(config) is not None:
+                    source.fault = first_line(error)
             sources.append(source)
     return sources
 
