@@ -49,18 +49,27 @@ def read_config(
             cfg = Config.fromfile(path)
         if options:
             cfg.merge_from_dict(options)
-        scope = cfg.get('default_scope', 'mmengine')
-        if scope is not None:
-            import_module(scope)
+        scope = cfg.get('default_scope', 'mmengine') or _package_of(cfg)
+        import_module(scope)
     except ModuleNotFoundError as error:
         raise UserError(
             f'{path} needs the package {error.name}, which is not installed: '
             f'{INSTALL_HINTS.get(scope or "", "see README.md")}'
         ) from error
-    # Pure Python configs, whose types are classes, have no default scope.
-    if scope is not None:
-        init_default_scope(scope)
+    init_default_scope(scope)
     return cfg
+
+
+def _package_of(cfg: Config) -> str:
+    """Return the scope of a pure Python config without a default scope.
+
+    The types of such a config are classes. The classes have default
+    arguments with names that must be found in the package of the model.
+    """
+    model = cfg.get('model')
+    kind = model.get('type') if isinstance(model, dict) else None
+    package = getattr(kind, '__module__', '').partition('.')[0]
+    return package if package in INSTALL_HINTS else 'mmengine'
 
 
 def type_name(cfg: Any) -> str:

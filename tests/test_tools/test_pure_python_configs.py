@@ -2,9 +2,12 @@
 
 import json
 
+import cv2
 import pytest
 
-from conftest import ROOT, run_tool
+from mmvvt.datasets import write_digit_scenes
+
+from conftest import ROOT, photograph, run_tool
 
 DEMOS = ROOT / 'configs' / 'demo'
 # Trains, tests and predicts in one process.
@@ -43,16 +46,13 @@ def indices(number):
         ),
         (
             'vvt_nano_fpn_digit_scenes',
-            ['train_cfg.max_iters=2', *indices(8)],
+            ['train_cfg.max_iters=2'],
             'iter_2.pth',
             'report_segmentation.py',
         ),
         (
             'retinanet_vvt_nano_digit_scenes',
-            [
-                'train_cfg.max_iters=2',
-                'train_dataloader.dataset.indices=8',
-            ],
+            ['train_cfg.max_iters=2'],
             'iter_2.pth',
             'report_detection.py',
         ),
@@ -62,13 +62,21 @@ def test_train_test_infer(name, settings, checkpoint, report, tmp_path):
     if 'digits' not in name:
         pytest.importorskip('mmdet' if 'retinanet' in name else 'mmseg')
         pytest.importorskip('mmcv._ext')
+        root = tmp_path / 'scenes'
+        write_digit_scenes(str(root), 8, 4)
+        settings = settings + [
+            f'{split}_dataloader.dataset.data_root={root}'
+            for split in ('train', 'val', 'test')
+        ]
+        if 'retinanet' in name:
+            file = root / 'instances_validation.json'
+            settings += [
+                f'{split}_evaluator.ann_file={file}'
+                for split in ('val', 'test')
+            ]
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT)
     image = tmp_path / 'photo.png'
-    import cv2
-
-    from conftest import photograph
-
     cv2.imwrite(str(image), photograph(96, 120))
     config, out = DEMOS / f'{name}.py', tmp_path / 'work'
     weights = out / checkpoint
