@@ -13,6 +13,7 @@ import torch.distributed
 from mmengine.config import Config, DictAction
 
 from .errors import PreflightError, UserError
+from .fileio import DISK_FULL
 from .preflight import read_config
 
 
@@ -35,6 +36,12 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, PreflightError):  # one line per problem
             message = message.replace('\n', '\nerror: ')
         sys.exit(f'error: {message}')
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        # For example, a logger that writes to a full disk.
+        place = f' {error.filename}' if error.filename else ''
+        sys.exit(f'error: cannot write{place}: {error.strerror}')
 
 
 def add_common_arguments(parser) -> None:

@@ -1,11 +1,12 @@
 """Atomic writing of files and folders."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Optional
 
 from .errors import WriteError
 
@@ -16,8 +17,15 @@ def _umask() -> int:
     return umask
 
 
+# Temporary files of a write that was interrupted start with this.
+TEMPORARY_PREFIX = '.writing-'
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
-def atomic_write(path: str, is_dir: bool = False) -> Iterator[str]:
+def atomic_write(
+    path: str, is_dir: bool = False, size: Optional[int] = None
+) -> Iterator[str]:
     """Write a file or a folder under a temporary name, then rename it.
 
     The parent folder is created if it does not exist. If the block raises,
@@ -29,6 +37,8 @@ def atomic_write(path: str, is_dir: bool = False) -> Iterator[str]:
         path (str): The file or folder to write. An existing file is
             replaced; an existing folder must be empty.
         is_dir (bool): Whether to write a folder. Defaults to False.
+        size (int, optional): Number of bytes that will be written, for the
+            message if the disk is full. Defaults to None.
 
     Yields:
         str: Temporary path, next to ``path``, to write to. It exists and is
@@ -39,14 +49,15 @@ def atomic_write(path: str, is_dir: bool = False) -> Iterator[str]:
             disk is full. It names the path and the reason.
     """
     temporary = None
+    fault: Optional[OSError] = None
     try:
         parent = os.path.dirname(os.path.abspath(path))
         os.makedirs(parent, exist_ok=True)
         if is_dir:
-            temporary = tempfile.mkdtemp(dir=parent, prefix='.writing-')
+            temporary = tempfile.mkdtemp(dir=parent, prefix=TEMPORARY_PREFIX)
         else:
             handle, temporary = tempfile.mkstemp(
-                dir=parent, prefix='.writing-'
+                dir=parent, prefix=TEMPORARY_PREFIX
             )
             os.close(handle)
         yield temporary
@@ -54,12 +65,20 @@ def atomic_write(path: str, is_dir: bool = False) -> Iterator[str]:
         os.chmod(temporary, (0o777 if is_dir else 0o666) & ~_umask())
         _rename(temporary, path, is_dir)
     except OSError as error:
-        raise WriteError(
-            f'cannot write {path}: {error.strerror or error}'
-        ) from error
+        fault = error
     finally:
         if temporary is not None:
             _remove(temporary)
+    if fault is not None:
+        raise WriteError(_explain(fault, path, size)) from fault
+
+
+def _explain(error: OSError, path: str, size: Optional[int]) -> str:
+    reason = f'cannot write {path}: {error.strerror or error}'
+    if error.errno not in DISK_FULL or size is None:
+        return reason
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    return f'{reason}; {size:,} bytes are needed, {free:,} are free'
 
 
 def _rename(temporary: str, path: str, is_dir: bool) -> None:
@@ -67,6 +86,7 @@ def _rename(temporary: str, path: str, is_dir: bool) -> None:
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path)
         return
     try:
         os.rename(temporary, path)
@@ -74,6 +94,20 @@ def _rename(temporary: str, path: str, is_dir: bool) -> None:
         if not os.path.isdir(path) or not os.listdir(path):
             raise
         # Another process has already written the folder.
+
+
+def _sync_folder(path: str) -> None:
+    """Write the new name to the disk, so that it survives a power failure."""
+    try:
+        handle = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    except OSError:
+        return  # a folder that can be written but not read
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # Some file systems cannot sync folders.
+    finally:
+        os.close(handle)
 
 
 def _remove(path: str) -> None:

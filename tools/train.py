@@ -2,12 +2,19 @@
 
 import argparse
 import os
+import sys
 from tempfile import TemporaryDirectory
 
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.apis import dry_run, keep_freed_memory
+from mmvvt.checkpoint import (
+    READS_RUNNER_CHECKPOINTS,
+    check_resumable,
+    find_resumable,
+    load_checkpoint_file,
+)
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.errors import UserError
 from mmvvt.preflight import check_training, type_name
@@ -38,19 +45,43 @@ def parse_args():
     return parser.parse_args()
 
 
+def resume_from_newest(cfg):
+    """Resume from the newest checkpoint that can be used.
+
+    Without one, training starts from the beginning, so that a job that is
+    requeued can always be submitted with the same arguments.
+    """
+    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    folders = [cfg.work_dir]
+    if hook.get('out_dir'):
+        name = os.path.basename(os.path.abspath(cfg.work_dir))
+        folders.append(os.path.join(hook.out_dir, name))
+    path, passed_over = find_resumable(folders)
+    for error in passed_over:
+        print(f'passed over: {error}', file=sys.stderr)
+    cfg.resume = path is not None
+    if cfg.resume:
+        cfg.load_from = path
+        print(f'resume from {path}', file=sys.stderr)
+    else:
+        print(f'nothing to resume from in {cfg.work_dir}', file=sys.stderr)
+
+
 def merge_arguments(cfg, args):
-    if args.resume == 'auto':
-        # Without a checkpoint, start training from the beginning, so that a
-        # job that is requeued can always be submitted with this flag.
-        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
-        if cfg.resume:
-            cfg.load_from = None
-    elif args.resume is not None:
+    if args.resume not in (None, 'auto'):
         cfg.resume = True
         cfg.load_from = args.resume
+    elif args.resume == 'auto' or (cfg.get('resume') and not cfg.load_from):
+        resume_from_newest(cfg)
     if cfg.get('load_from') and '://' not in cfg.load_from:
-        if not os.path.isfile(os.path.expanduser(cfg.load_from)):
+        path = os.path.expanduser(cfg.load_from)
+        if not os.path.isfile(path):
             raise UserError(f'no such checkpoint file: {cfg.load_from}')
+        if READS_RUNNER_CHECKPOINTS:
+            (check_resumable if cfg.resume else load_checkpoint_file)(path)
+    hook = cfg.get('default_hooks', {}).get('checkpoint')
+    if type_name(hook) == 'CheckpointHook':
+        hook.type = 'mmengine.SafeCheckpointHook'
     if args.amp:
         wrapper = type_name(cfg.optim_wrapper)
         if wrapper not in (
@@ -60,7 +91,7 @@ def merge_arguments(cfg, args):
             'AutoAmpOptimWrapper',
         ):
             raise UserError(
-                f'--amp cannot replace the optim_wrapper {wrapper}'
+                f'--amp does not support the optim_wrapper {wrapper}'
             )
         cfg.optim_wrapper.type = 'AutoAmpOptimWrapper'
     if args.auto_scale_lr:

@@ -1,7 +1,6 @@
 # The runtime settings of pure Python configs: each type is a class.
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import (
-    CheckpointHook,
     DistSamplerSeedHook,
     IterTimerHook,
     LoggerHook,
@@ -9,7 +8,7 @@ from mmengine.hooks import (
 )
 from mmengine.visualization import LocalVisBackend
 
-from mmvvt.engine import EpochSeedHook, MeanLossHook
+from mmvvt.engine import EpochSeedHook, MeanLossHook, SafeCheckpointHook
 
 # Classes need no scope.
 default_scope = None
@@ -17,7 +16,7 @@ default_hooks = dict(
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, interval=50),
     param_scheduler=dict(type=ParamSchedulerHook),
-    checkpoint=dict(type=CheckpointHook, interval=1, max_keep_ckpts=1),
+    checkpoint=dict(type=SafeCheckpointHook, interval=1, max_keep_ckpts=1),
     sampler_seed=dict(type=DistSamplerSeedHook),
 )
 custom_hooks = [dict(type=EpochSeedHook), dict(type=MeanLossHook)]

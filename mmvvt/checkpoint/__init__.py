@@ -7,9 +7,11 @@ from .convert import (
     infer_arch,
     official_shapes,
 )
+from .resume import check_resumable, find_resumable
 from .safe_load import (
     READS_RUNNER_CHECKPOINTS,
     load_checkpoint_file,
+    read_checkpoint,
     register_safe_globals,
     save_checkpoint_file,
 )
@@ -17,11 +19,14 @@ from .safe_load import (
 __all__ = [
     'READS_RUNNER_CHECKPOINTS',
     'CheckpointError',
+    'check_resumable',
     'convert_official',
     'convert_to_official',
+    'find_resumable',
     'infer_arch',
     'load_checkpoint_file',
     'official_shapes',
+    'read_checkpoint',
     'register_safe_globals',
     'save_checkpoint_file',
 ]

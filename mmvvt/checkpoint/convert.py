@@ -73,11 +73,11 @@ def official_shapes(
 def _size(state: State, key: str, axis: int) -> int:
     """Return the size of a required tensor along an axis, at least 1."""
     if key not in state:
-        raise CheckpointError(f'no VVT classifier: there is no {key}')
+        raise CheckpointError(f'not a VVT classifier: {key} is missing')
     tensor = state[key]
     if not isinstance(tensor, Tensor) or tensor.dim() <= axis:
         raise CheckpointError(
-            f'no VVT classifier: {key} is no weight of a layer'
+            f'not a VVT classifier: {key} is not the weight of a layer'
         )
     return max(tensor.shape[axis], 1)
 
@@ -141,9 +141,9 @@ def _name_arch(arch: dict) -> str:
     found = ', '.join(f'{key} {value}' for key, value in arch.items())
     depths = {name: s['depths'] for name, s in ARCH_SETTINGS.items()}
     raise CheckpointError(
-        f'the tensors are of no published architecture: {found}; the depths '
-        f'of the published ones are {depths}. The file is truncated, or of '
-        'an architecture of its own, which must be given'
+        f'the tensors do not match a published architecture: {found}; the '
+        f'published depths are {depths}. The file is truncated, or it has a '
+        'custom architecture, which must be passed as arch'
     )
 
 
@@ -171,7 +171,7 @@ def _check_tensors(state: State, arch: Optional[Union[str, dict]]) -> str:
         ]
         if wrong:
             raise CheckpointError(
-                f'the tensors are not of arch {name}: {"; ".join(wrong)}'
+                f'the tensors do not match arch {name}: {"; ".join(wrong)}'
             )
     se_ratio = 1
     if isinstance(arch, dict):  # All published models have se_ratio 1.
@@ -195,12 +195,12 @@ def _check_tensors(state: State, arch: Optional[Union[str, dict]]) -> str:
         parts = [f'missing {listing(missing)}'] if missing else []
         parts += [f'unknown {listing(unknown)}'] if unknown else []
         raise CheckpointError(
-            f'the keys do not fit arch {name}: {"; ".join(parts)}'
+            f'the keys do not match arch {name}: {"; ".join(parts)}'
         )
     for key, shape in expected.items():
         tensor = state[key]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise CheckpointError(f'{key} is no floating-point tensor')
+            raise CheckpointError(f'{key} is not a floating-point tensor')
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f'{key} has shape {tuple(tensor.shape)}, '
@@ -216,9 +216,9 @@ def _tensors_of(checkpoint: dict, entry: str) -> State:
     """
     state = checkpoint.get(entry, checkpoint)
     if not isinstance(state, dict) or not state:
-        raise CheckpointError(f'{entry!r} holds no tensors')
+        raise CheckpointError(f'{entry!r} contains no tensors')
     if not all(isinstance(key, str) for key in state):
-        raise CheckpointError('the keys of the tensors are no strings')
+        raise CheckpointError('the keys of the tensors are not strings')
     if all(key.startswith('module.') for key in state):
         state = {key[len('module.') :]: t for key, t in state.items()}
     return state
@@ -286,8 +286,8 @@ def convert_to_official(
             official[f'head.{key[len("head.fc.") :]}'] = tensor
         else:
             raise CheckpointError(
-                f'{key} belongs to no VVT classifier; its '
-                'keys are backbone.* and head.fc.*'
+                f'{key} is not a key of a VVT classifier; allowed are '
+                'backbone.* and head.fc.*'
             )
     _check_tensors(official, arch)
     return dict(model=official)

@@ -5,11 +5,12 @@ import os
 import pickle
 import re
 from contextlib import contextmanager
-from typing import Any, List
+from typing import Any, BinaryIO, List, Union
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler import OneCycleParamScheduler
 from mmengine.utils import digit_version
 
 from ..errors import CheckpointError, UserError
@@ -26,7 +27,9 @@ READS_RUNNER_CHECKPOINTS = digit_version(torch.__version__) >= digit_version(
 # to functions or classes, because another call in the file could modify them.
 
 HISTORY_METHODS = ('min', 'max', 'current', 'mean')
+ANNEALING_METHODS = ('_annealing_cos', '_annealing_linear')
 NUMERIC_KINDS = 'biufc'
+TEXT_KINDS = 'SU'
 
 
 class _LoadedHistoryBuffer(HistoryBuffer):
@@ -47,35 +50,98 @@ class _LoadedHistoryBuffer(HistoryBuffer):
                 and array.dtype.kind in NUMERIC_KINDS
             ):
                 raise pickle.UnpicklingError(
-                    'a log buffer must hold one-dimensional arrays of numbers'
+                    'a log buffer must contain one-dimensional arrays of '
+                    'numbers'
                 )
         if len(log) != len(count) or type(state.get('max_length')) is not int:
             raise pickle.UnpicklingError(
-                'the parts of a log buffer do not fit each other'
+                'the arrays of a log buffer must have the same length, and '
+                'max_length must be an integer'
             )
         self.__class__ = HistoryBuffer
         HistoryBuffer.__init__(self, log, count, state['max_length'])
 
 
-def _history_method_name(owner, name):
+def _one_cycle_scheduler(*args):
+    """Replacement for mmengine's ``OneCycleParamScheduler``.
+
+    Its state names one of its two annealing functions. The class itself is
+    not needed, and calling it is refused.
+    """
+    raise pickle.UnpicklingError(
+        'OneCycleParamScheduler is not allowed to be called in a checkpoint'
+    )
+
+
+def _allowed_method(owner, name):
     """Replacement for ``builtins.getattr``.
 
-    mmengine uses it to pickle the statistics methods of a log buffer. A new
-    buffer already has these methods, so returning their names is sufficient.
+    mmengine uses it to pickle the statistics methods of a log buffer and the
+    annealing function of a one-cycle schedule. A new buffer already has its
+    methods, so returning their names is sufficient. An annealing function
+    computes a number from three numbers; the file can refer to it but, like
+    any function outside of the allow-list, not call it.
     """
     if owner is _LoadedHistoryBuffer and name in HISTORY_METHODS:
         return name
     if owner is HistoryBuffer and name in HISTORY_METHODS:
         # mmengine's own buffer was allow-listed; it needs the methods.
         return getattr(owner, name)
+    if owner is _one_cycle_scheduler and name in ANNEALING_METHODS:
+        return getattr(OneCycleParamScheduler, name)
     raise pickle.UnpicklingError(
         f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint; '
-        f'allowed are the methods {HISTORY_METHODS} of HistoryBuffer'
+        f'allowed are the methods {HISTORY_METHODS} of HistoryBuffer and '
+        f'{ANNEALING_METHODS} of OneCycleParamScheduler'
     )
 
 
-def _numeric_dtype(code, align=False, copy=False):
-    """Replacement for ``numpy.dtype`` that allows only numeric types.
+def _plain_dict(items=None):
+    """Replacement for mmengine's ``ConfigDict``: a plain dict."""
+    if items is None:
+        return {}
+    if type(items) is dict:
+        return dict(items)
+    raise pickle.UnpicklingError('a ConfigDict must hold a dict')
+
+
+def _plain_defaultdict(factory=None):
+    """Replacement for ``collections.defaultdict``: a plain dict.
+
+    The items follow in the file. The default factory is not used.
+    """
+    return {}
+
+
+def _path(*parts):
+    """Replacement for ``pathlib`` paths: a string."""
+    if all(type(part) is str for part in parts):
+        return os.path.join('', *parts)
+    raise pickle.UnpicklingError('a path must consist of strings')
+
+
+class _TextDtype:
+    """Replacement for a NumPy string dtype, to read single strings.
+
+    The size of a string dtype can be changed after an array has started to
+    use it, so the file never gets access to one. Arrays of strings are
+    therefore refused.
+    """
+
+    def __init__(self, code):
+        self.code, self.order = code, '='
+
+    def __setstate__(self, state):
+        if type(state) is tuple and len(state) > 1 and state[1] in '<>|':
+            self.order = state[1]
+
+    def read(self, data: bytes):
+        dtype = np.dtype(self.code).newbyteorder(self.order)
+        return np.frombuffer(data, dtype, count=1)[0].item()
+
+
+def _safe_dtype(code, align=False, copy=False):
+    """Replacement for ``numpy.dtype``: numeric types, and single strings.
 
     It never returns a copy, because the file could modify the copy after an
     array has started to use it.
@@ -84,6 +150,8 @@ def _numeric_dtype(code, align=False, copy=False):
         dtype = np.dtype(code)
         if dtype.kind in NUMERIC_KINDS:
             return dtype
+        if dtype.kind in TEXT_KINDS:
+            return _TextDtype(code)
     raise pickle.UnpicklingError(
         f'an array of {code!r} is not allowed in a '
         'checkpoint; allowed are numbers'
@@ -95,13 +163,15 @@ def _empty_array(subtype, shape, code):
     if subtype is not np.ndarray or shape != (0,):
         raise pickle.UnpicklingError(
             f'an array of type {subtype!r} and shape {shape!r} is not allowed '
-            'to begin with; allowed is an empty ndarray'
+            'in a checkpoint; arrays must be created as an empty ndarray'
         )
     return np.empty(0, np.int8)
 
 
-def _numeric_scalar(dtype, data):
-    """Replacement for NumPy's ``scalar`` that allows only numbers."""
+def _scalar(dtype, data):
+    """Replacement for NumPy's ``scalar``: numbers, and strings as ``str``."""
+    if type(dtype) is _TextDtype and isinstance(data, bytes):
+        return dtype.read(data)
     if (
         isinstance(dtype, np.dtype)
         and dtype.kind in NUMERIC_KINDS
@@ -110,7 +180,7 @@ def _numeric_scalar(dtype, data):
         return np.frombuffer(data, dtype, count=1)[0]
     raise pickle.UnpicklingError(
         f'a scalar of {dtype!r} is not allowed in a '
-        'checkpoint; allowed are numbers'
+        'checkpoint; allowed are numbers and strings'
     )
 
 
@@ -135,8 +205,22 @@ def register_safe_globals() -> None:
                 _LoadedHistoryBuffer,
                 'mmengine.logging.history_buffer.HistoryBuffer',
             ),
-            (_history_method_name, 'builtins.getattr'),
-            (_numeric_dtype, 'numpy.dtype'),
+            (_allowed_method, 'builtins.getattr'),
+            (
+                _one_cycle_scheduler,
+                'mmengine.optim.scheduler.param_scheduler.'
+                'OneCycleParamScheduler',
+            ),
+            (_plain_dict, 'mmengine.config.config.ConfigDict'),
+            (_plain_defaultdict, 'collections.defaultdict'),
+            (list, 'builtins.list'),
+            (dict, 'builtins.dict'),
+            (int, 'builtins.int'),
+            (frozenset, 'builtins.frozenset'),
+            (_path, 'pathlib.PosixPath'),
+            (_path, 'pathlib.PurePosixPath'),
+            (_safe_dtype, 'numpy.dtype'),
+            (_TextDtype, 'mmvvt.checkpoint.safe_load._TextDtype'),
             # Each class is paired with its name: mmengine may allow the same
             # classes in a safe_globals() context of torch, and leaving the
             # context removes the unpaired entries. A pickled dtype also sets
@@ -148,8 +232,8 @@ def register_safe_globals() -> None:
             # NumPy 2 renamed these; checkpoints may use either name.
             (_empty_array, 'numpy._core.multiarray._reconstruct'),
             (_empty_array, 'numpy.core.multiarray._reconstruct'),
-            (_numeric_scalar, 'numpy._core.multiarray.scalar'),
-            (_numeric_scalar, 'numpy.core.multiarray.scalar'),
+            (_scalar, 'numpy._core.multiarray.scalar'),
+            (_scalar, 'numpy.core.multiarray.scalar'),
         ]
     )
 
@@ -183,28 +267,44 @@ def load_checkpoint_file(path: str) -> dict:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f'no such checkpoint file: {path}')
+    return read_checkpoint(path, path)
+
+
+def read_checkpoint(file: Union[str, BinaryIO], path: str) -> dict:
+    """Read a checkpoint from a path or an open file.
+
+    Args:
+        file (str | BinaryIO): Path, or a file that can be read and searched.
+        path (str): Name of the file for messages.
+
+    Returns:
+        dict: Content of the file, with all tensors on the CPU.
+
+    Raises:
+        CheckpointError: As :func:`load_checkpoint_file`.
+    """
     try:
         with _also_allow(argparse.Namespace):
             checkpoint = torch.load(
-                path, map_location='cpu', weights_only=True
+                file, map_location='cpu', weights_only=True
             )
     except pickle.UnpicklingError as error:
         # Extract the reason from the long message of torch.
         wanted = re.search(r'GLOBAL (\S+)', str(error))
         detail = re.search(r'error:\s*(.*)', str(error))
         if wanted:
-            reason = f'it asks for {wanted.group(1)}, which is not allowed'
+            reason = f'it refers to {wanted.group(1)}, which is not allowed'
         else:
             reason = detail.group(1) if detail else str(error)
         raise CheckpointError(f'refused to load {path}: {reason}') from error
     except Exception as error:  # A damaged pickle can raise any error.
         reason = str(error).splitlines()[0] if str(error) else 'end of file'
         raise CheckpointError(
-            f'{path} is truncated or no PyTorch checkpoint ({reason})'
+            f'{path} is truncated or not a PyTorch checkpoint ({reason})'
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
-            f'{path} holds a {type(checkpoint).__name__}, '
+            f'{path} contains a {type(checkpoint).__name__}, '
             'not a dict of tensors'
         )
     return checkpoint
@@ -223,7 +323,7 @@ def save_checkpoint_file(checkpoint: dict, path: str) -> None:
     """
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise CheckpointError(f'no such folder to write {path} to: {folder}')
+        raise CheckpointError(f'cannot write {path}: no such folder: {folder}')
     try:
         with atomic_write(path) as temporary, open(temporary, 'wb') as file:
             torch.save(checkpoint, file)

@@ -1,5 +1,6 @@
 """Hooks, metrics and optimizer wrappers registered with mmengine."""
 
+from .checkpoint_hook import SafeCheckpointHook
 from .hooks import EpochSeedHook, MeanLossHook, seed_worker
 from .metrics import DumpPredictions
 from .optim_constructor import MergedOptimWrapperConstructor
@@ -10,6 +11,7 @@ __all__ = [
     'EpochSeedHook',
     'MeanLossHook',
     'MergedOptimWrapperConstructor',
+    'SafeCheckpointHook',
     'auto_amp_optim_wrapper',
     'seed_worker',
 ]

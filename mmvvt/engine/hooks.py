@@ -38,7 +38,7 @@ class EpochSeedHook(Hook):
 
         The sampler is built before the checkpoint of a resumed run restores
         the seed of the run. If the config does not set a seed, the sampler
-        therefore has a seed of its own. Nothing is changed if the data loader
+        therefore has a different seed. Nothing is changed if the data loader
         has no sampler with a seed, or if ``diff_rank_seed`` is set.
 
         Args:

@@ -33,7 +33,8 @@ def auto_amp_optim_wrapper(
     if torch.cuda.is_available():
         return AmpOptimWrapper(loss_scale=loss_scale, dtype=dtype, **kwargs)
     print_log(
-        'No GPU: mixed precision is off, training runs in float32.',
+        'No GPU is available: mixed precision is disabled, training runs in '
+        'float32.',
         logger='current',
     )
     return OptimWrapper(**kwargs)

@@ -1,4 +1,4 @@
-"""Random numbers by seed and epoch."""
+"""Tests of random seeds per epoch and per worker."""
 
 import random
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def runner(seed, epoch):
 
 
 def after_seeding(seed, epoch):
-    draw()  # what came before does not matter
+    draw()  # previous draws have no effect
     EpochSeedHook().before_train_epoch(runner(seed, epoch))
     return draw()
 
@@ -28,7 +28,7 @@ def after_seeding(seed, epoch):
 def test_epochs_are_a_function_of_seed_and_number():
     assert after_seeding(1, 2) == after_seeding(1, 2)
     drawn = {after_seeding(s, e) for s in (1, 2) for e in (1, 2)}
-    assert len(drawn) == 4  # (1, 2) is not (2, 1)
+    assert len(drawn) == 4  # (1, 2) differs from (2, 1)
 
 
 def test_workers_follow_torch():

@@ -1,4 +1,4 @@
-"""Few parameter groups, with the options and the updates of many."""
+"""Merged parameter groups have the same options and updates."""
 
 import torch
 from mmengine.optim import build_optim_wrapper
@@ -6,7 +6,7 @@ from mmengine.optim import build_optim_wrapper
 from conftest import GOLDEN_ARCH, build_model
 
 MODEL = dict(type='VVT', arch=GOLDEN_ARCH, frozen_stages=0)
-# Two kinds of decay, and a stage with a rate of its own.
+# Two weight decays, and a different learning rate for one stage
 OPTIONS = dict(
     optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1),
     paramwise_cfg=dict(

@@ -1,4 +1,4 @@
-"""Mixed precision with and without a GPU, and weight decay by layer."""
+"""Tests of mixed precision without a GPU and of weight decay."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_float32_on_the_cpu_and_says_so(monkeypatch):
     with wrapper.optim_context(model):
         assert model(torch.ones(1, 2)).dtype == torch.float32
     wrapper.update_params((parameter * torch.tensor([30.0, 40.0])).sum())
-    # the gradient, of norm 50, was clipped to norm 1
+    # The gradient with norm 50 was clipped to norm 1.
     torch.testing.assert_close(parameter.data, torch.tensor([0.4, 0.2]))
 
 
@@ -64,7 +64,7 @@ def test_no_weight_decay_on_biases_and_norms(name):
     }
     kinds = set()
     for key, parameter in model.named_parameters():
-        # biases, and the weights of norms, are the one-dimensional ones
+        # Biases and the weights of norms are one-dimensional.
         expected = 0.0 if parameter.ndim == 1 else 0.05
         assert decay[id(parameter)] == expected, key
         kinds.add(expected)
