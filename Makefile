@@ -10,7 +10,7 @@ SCENES_CONFIG := configs/demo/vvt-nano_fpn_digit-scenes.py
 BOXES := work_dirs/retinanet_vvt-nano_digit-scenes
 BOXES_CONFIG := configs/demo/retinanet_vvt-nano_digit-scenes.py
 
-.PHONY: help demo demo-seg demo-det test test-fast lint install clean
+.PHONY: help demo demo-seg demo-det test test-fast test-kill lint install clean
 
 help:
 	@echo "make demo      train and test a small VVT on handwritten digits"
@@ -18,6 +18,7 @@ help:
 	@echo "make demo-det  find handwritten digits on photographs"
 	@echo "make test      install everything, mmcv's compiled ops too, and run the tests"
 	@echo "make test-fast run the tests marked fast, in under 90 seconds"
+	@echo "make test-kill kill training at random moments and resume it, 40 times"
 	@echo "make lint      check the style and the spelling"
 	@echo "make install   install everything and stop there"
 	@echo "make clean     remove .venv and what the demos wrote"
@@ -62,6 +63,11 @@ test: install
 # The tests marked fast, see tests/conftest.py: under 90 seconds on 2 cores.
 test-fast: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m fast
+
+# Kills training 20 times in epoch-based and in iteration-based runs.
+test-kill: install
+	MMVVT_KILLS=20 OMP_NUM_THREADS=1 $(PY) -m pytest -s -q \
+	    tests/test_engine/test_checkpoint_hook.py -k killed_again
 
 lint: install
 	$(PY) -m ruff check .

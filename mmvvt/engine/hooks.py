@@ -1,11 +1,11 @@
 """Hooks for reproducible training when resuming or using several processes."""
 
 import random
-from typing import Any
+from typing import Any, Dict, List
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import FUNCTIONS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop
@@ -90,11 +90,24 @@ class MeanLossHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
-        """Replace each loss with its mean over all processes."""
+        """Replace each loss with its mean over all processes.
+
+        All processes exchange their losses in a single collective operation,
+        so that it does not matter which losses each of them has. A loss that
+        some processes lack, for example because their images have no
+        objects, is averaged over the processes that have it.
+        """
         if get_world_size() == 1:
             return
-        for name, value in outputs.items():
-            if isinstance(value, torch.Tensor) and value.numel() == 1:
-                value = value.detach().clone()
-                all_reduce(value, op='mean')
-                outputs[name] = value
+        losses = outputs if isinstance(outputs, dict) else {}
+        own = {
+            name: float(value)
+            for name, value in losses.items()
+            if isinstance(value, torch.Tensor) and value.numel() == 1
+        }
+        values: Dict[str, List[float]] = {}
+        for one in all_gather_object(own):
+            for name, value in one.items():
+                values.setdefault(name, []).append(value)
+        for name, parts in values.items():
+            losses[name] = torch.tensor(sum(parts) / len(parts))
