@@ -23,6 +23,10 @@ class AnnotationError(UserError):
     """A COCO annotation file that does not match the dataset."""
 
 
+class UnreadableFileError(UserError):
+    """An image or annotation file that cannot be loaded."""
+
+
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that does not exist."""
 

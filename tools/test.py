@@ -13,7 +13,7 @@ from mmvvt.apis import dry_run, keep_freed_memory
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.engine import DumpPredictions
 from mmvvt.errors import UserError
-from mmvvt.preflight import check_testing, type_name
+from mmvvt.preflight import check_testing, guard_pipelines, type_name
 
 
 def parse_args():
@@ -89,6 +89,7 @@ def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_testing(cfg, args.checkpoint)
+    guard_pipelines(cfg, ['test_dataloader'])
     init_processes(cfg, args)
     keep_freed_memory()
     if args.dry_run:

@@ -17,7 +17,7 @@ from mmvvt.checkpoint import (
 )
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.errors import UserError
-from mmvvt.preflight import check_training, type_name
+from mmvvt.preflight import check_training, guard_pipelines, type_name
 
 
 def parse_args():
@@ -40,6 +40,12 @@ def parse_args():
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate by the total batch size',
+    )
+    parser.add_argument(
+        '--skip-unreadable',
+        action='store_true',
+        help='skip training images and annotations that cannot be loaded, '
+        'and report their number at the end',
     )
     add_common_arguments(parser)
     return parser.parse_args()
@@ -104,10 +110,25 @@ def merge_arguments(cfg, args):
     return cfg
 
 
+def name_unreadable_files(cfg, skip):
+    """Let errors name the file, or skip files and report their number."""
+    log_file = os.path.join(cfg.work_dir, 'skipped_files.txt')
+    if skip:
+        if os.path.exists(log_file) and not cfg.get('resume'):
+            os.remove(log_file)
+        cfg.custom_hooks = [
+            *(cfg.get('custom_hooks') or []),
+            dict(type='mmengine.SkippedFilesHook', log_file=log_file),
+        ]
+    loaders = ['train_dataloader', 'val_dataloader']
+    guard_pipelines(cfg, loaders, skip, log_file)
+
+
 def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_training(cfg)
+    name_unreadable_files(cfg, args.skip_unreadable)
     init_processes(cfg, args)
     keep_freed_memory()
     if args.dry_run:

@@ -6,24 +6,18 @@ from typing import Any, Callable, Tuple, Union
 import cv2
 import mmcv
 import numpy as np
-from mmcv.transforms import LoadAnnotations, LoadImageFromFile
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import FUNCTIONS
 
+from ..datasets.loading import loads_annotations
 from ..errors import UserError
 from ..preflight import innermost_datasets
 
 # What a dataset gives its pipeline besides the path. mmseg's transforms need
 # ``seg_fields``; mmdet's PackDetInputs needs ``img_id``.
 SAMPLE = dict(img_id=0, sample_idx=0)
-
-
-def _loads_annotations(transform: Any) -> bool:
-    return (
-        isinstance(transform, LoadAnnotations)
-        or 'Annotations' in type(transform).__name__
-    )
 
 
 def _loads_image(transform: Any) -> bool:
@@ -36,7 +30,7 @@ def _flatten(transforms: list) -> list:
     """Replace nested pipelines by their transforms."""
     flat = []
     for transform in transforms:
-        if type(transform).__name__ in ('Compose', 'ReadOrReport'):
+        if type(transform).__name__ in ('Compose', 'GuardedPipeline'):
             flat += _flatten(transform.transforms)
         else:
             flat.append(transform)
@@ -103,7 +97,7 @@ class TestPipeline:
                 'pipeline, which prepares the images'
             )
         transforms = _flatten(Compose(dataset['pipeline']).transforms)
-        self.transforms = [t for t in transforms if not _loads_annotations(t)]
+        self.transforms = [t for t in transforms if not loads_annotations(t)]
         self.collate = _collate_function(loader)
 
         preprocessor = dict(cfg.get('data_preprocessor') or {})

@@ -71,7 +71,8 @@ def find_images(source: str, out_dir: str) -> Tuple[str, List[str]]:
     folder, out = os.path.realpath(source), os.path.realpath(out_dir)
     if os.path.commonpath([folder, out]) == out:
         raise UserError(
-            f'--out-dir {out_dir} holds the images: give a folder of its own'
+            f'--out-dir {out_dir} contains the input images; use a different '
+            'folder'
         )
     try:
         files = [

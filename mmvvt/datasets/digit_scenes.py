@@ -425,8 +425,8 @@ class DigitScenes(BaseDataset):
         for folder in (images, annotations):
             if not os.path.isdir(folder):
                 raise MissingFileError(
-                    f'no scenes in {folder}; remove {self.data_root} to have '
-                    'it written again'
+                    f'no scenes in {folder}; remove {self.data_root} to '
+                    'write it again'
                 )
         return [
             dict(

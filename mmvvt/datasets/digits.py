@@ -109,7 +109,7 @@ class Digits(BaseDataset):
             if not os.path.isdir(class_folder):
                 raise MissingFileError(
                     f'no images of class {name} in {folder}; remove '
-                    f'{self.data_root} to have it written again'
+                    f'{self.data_root} to write it again'
                 )
             data_list += [
                 dict(img_path=os.path.join(class_folder, file), gt_label=label)

@@ -23,7 +23,7 @@ class CheckLabels(BaseTransform):
     Raises:
         UserError: If ``num_classes`` is not a positive integer.
         LabelError: Raised by :meth:`transform` if a label map contains any
-            other value.
+            other value, or does not have the shape of the image.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255):
@@ -39,15 +39,27 @@ class CheckLabels(BaseTransform):
         labels = results.get('gt_seg_map')
         if labels is None:
             return results  # mmseg's inferencer does not load labels.
+        # Before and after resizing; test pipelines resize only the image.
+        shapes = {
+            tuple(results[key][:2])
+            for key in ('img_shape', 'ori_shape')
+            if results.get(key) is not None
+        }
+        if labels.ndim != 2 or (shapes and labels.shape not in shapes):
+            raise LabelError(
+                f'{results["seg_map_path"]}: the label map has shape '
+                f'{labels.shape}, but must have the shape (height, width) of '
+                f'the image, {" or ".join(map(str, sorted(shapes)))}'
+            )
         wrong = (labels >= self.num_classes) & (labels != self.ignore_index)
         if wrong.any():
             values = np.unique(labels[wrong]).tolist()
             raise LabelError(
                 f'{results["seg_map_path"]}: label values {values} are '
-                f'outside the classes: allowed are 0 to '
+                f'out of range: allowed are 0 to '
                 f'{self.num_classes - 1} and {self.ignore_index} (ignored)'
                 + (
-                    ", after the file's values have been reduced by 1"
+                    ', after reduce_zero_label has subtracted 1'
                     if results.get('reduce_zero_label')
                     else ''
                 )

@@ -1,7 +1,12 @@
 """Hooks, metrics and optimizer wrappers registered with mmengine."""
 
 from .checkpoint_hook import SafeCheckpointHook
-from .hooks import EpochSeedHook, MeanLossHook, seed_worker
+from .hooks import (
+    EpochSeedHook,
+    MeanLossHook,
+    SkippedFilesHook,
+    seed_worker,
+)
 from .metrics import DumpPredictions
 from .optim_constructor import MergedOptimWrapperConstructor
 from .optim_wrapper import auto_amp_optim_wrapper
@@ -12,6 +17,7 @@ __all__ = [
     'MeanLossHook',
     'MergedOptimWrapperConstructor',
     'SafeCheckpointHook',
+    'SkippedFilesHook',
     'auto_amp_optim_wrapper',
     'seed_worker',
 ]

@@ -1,5 +1,6 @@
 """Hooks for reproducible training when resuming or using several processes."""
 
+import os
 import random
 from typing import Any, Dict, List
 
@@ -74,6 +75,31 @@ def seed_worker(worker_id: int) -> None:
             already includes it in the initial seed of the worker.
     """
     _seed_everything(torch.initial_seed())
+
+
+@HOOKS.register_module()
+class SkippedFilesHook(Hook):
+    """Report the files that training skipped because they cannot be loaded.
+
+    Args:
+        log_file (str): File with the path of a skipped file per line, as
+            written by :class:`mmvvt.datasets.GuardedPipeline`.
+    """
+
+    def __init__(self, log_file: str):
+        self.log_file = log_file
+
+    def after_train(self, runner) -> None:
+        """Log the number of different files and where they are listed."""
+        if not os.path.isfile(self.log_file):
+            runner.logger.info('no files were skipped')
+            return
+        with open(self.log_file, encoding='utf-8') as file:
+            paths = sorted(set(file.read().splitlines()))
+        runner.logger.warning(
+            f'{len(paths)} files could not be loaded and were skipped, such '
+            f'as {paths[0]}; all are listed in {self.log_file}'
+        )
 
 
 @HOOKS.register_module()

@@ -79,8 +79,9 @@ def _find_category_fault(
     missing = [name for name in classes if name not in names]
     if missing:
         return (
-            f'{path} has no category {_some(missing)}, of {len(classes)} '
-            f'classes; it has {_some(names) or "none"}; {REMEDY}'
+            f'{path} is missing the categories {_some(missing)} of '
+            f'{len(classes)} classes; it has {_some(names) or "none"}; '
+            f'{REMEDY}'
         )
     # mmdet numbers the classes in the order of the categories in the file.
     found = [name for name in names if name in classes]
@@ -92,9 +93,9 @@ def _find_category_fault(
         if i == len(classes) or name != classes[i]
     )
     return (
-        f'{path} has its categories in another order than the classes, '
-        f'or one twice: {found[index]!r} is number {index} of those that '
-        f'are classes; {REMEDY}'
+        f'{path} does not list the categories in the order of the classes, '
+        f'or lists one more than once: {found[index]!r} has index {index} '
+        f'among the categories that are classes; {REMEDY}'
     )
 
 

@@ -122,6 +122,36 @@ def pipeline_steps(dataset: dict) -> Iterator[dict]:
             steps = list(step) + steps
 
 
+def guard_pipelines(
+    cfg: Config,
+    loaders: List[str],
+    skip: bool = False,
+    log_file: Optional[str] = None,
+) -> None:
+    """Let the datasets of a config name files that they cannot load.
+
+    Args:
+        cfg (Config): The complete config; the pipelines are modified.
+        loaders (list[str]): Names of the data loaders that will be used.
+        skip (bool): Whether training skips such files, see
+            :class:`mmvvt.datasets.GuardedPipeline`. Defaults to False.
+        log_file (str, optional): File for the paths of skipped files.
+            Defaults to None.
+    """
+    for loader in loaders:
+        if not cfg.get(loader):
+            continue
+        options = {}
+        if skip and loader == 'train_dataloader':
+            options = dict(skip=True, log_file=log_file)
+        for dataset in innermost_datasets(cfg[loader]['dataset']):
+            steps = dataset.get('pipeline')
+            if steps and type_name(steps[0]) != 'GuardedPipeline':
+                dataset['pipeline'] = [
+                    dict(type='GuardedPipeline', transforms=steps, **options)
+                ]
+
+
 def dataset_class(dataset: dict) -> Optional[type]:
     """Return the class of a dataset config, found in the current scope.
 

@@ -108,7 +108,7 @@ def find_data_problems(
             yield from find_coco_problems(
                 source, evaluators_of(cfg, source.loader)
             )
-    # The metric may read a file of its own. If the dataset creates its files,
+    # The metric may read a separate file. If the dataset creates its files,
     # it may not exist yet.
     for loader in dict.fromkeys(source.loader for source in sources):
         for metric in evaluators_of(cfg, loader):

@@ -160,7 +160,7 @@ def _read_label_map(
         values = np.unique(labels)
         values = values[(values > 255) | (values < 0)][:3].tolist()
         return None, (
-            f'holds values such as {values or labels.dtype}, but mmseg '
+            f'contains values such as {values or labels.dtype}, but mmseg '
             'converts label maps to 8 bits: allowed are integers from 0 to 255'
         )
     return labels.astype(np.uint8), None
@@ -215,8 +215,8 @@ def _find_value_problems(
             seen.update(values.tolist())
             if wrong.size:
                 fault = (
-                    f'has label values {wrong.tolist()[:8]} outside the '
-                    f'classes: allowed are 0 to {num_classes - 1} and '
+                    f'has label values {wrong.tolist()[:8]} that are out of '
+                    f'range: allowed are 0 to {num_classes - 1} and '
                     f'{ignored} (ignored)'
                 )
         if fault is not None:
@@ -224,14 +224,16 @@ def _find_value_problems(
     checked = f'{len(indices)} label maps were checked'
     if faults:
         path, fault = next(iter(faults.items()))
-        more = f', as are {len(faults) - 1} others' if len(faults) > 1 else ''
+        more = (
+            f' ({len(faults) - 1} more are invalid)' if len(faults) > 1 else ''
+        )
         yield source.problem(f'{path} {fault}{more}; {checked}', LabelError)
         return
     present = seen - {ignored}
     if source.loader == 'train_dataloader' and num_classes > 1:
         if len(present) < 2:
             yield source.problem(
-                f'label maps such as {samples[0]["seg_map_path"]} hold only '
+                f'label maps such as {samples[0]["seg_map_path"]} have only '
                 f'the values {sorted(seen)}, of which {ignored} is ignored: '
                 f'at least two of the {num_classes} classes must occur; '
                 f'{checked}',

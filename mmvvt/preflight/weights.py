@@ -39,7 +39,7 @@ def find_pretrained_problems(cfg: Config) -> Iterator[CheckpointError]:
         path = init_cfg['checkpoint']
         if not is_url(path) and not os.path.isfile(os.path.expanduser(path)):
             yield CheckpointError(
-                f'no such pretrained checkpoint: {path}; put it there, or '
+                f'no such pretrained checkpoint: {path}; download it, or '
                 f'start from random weights with --cfg-options '
                 f'{where}=None'
             )
@@ -88,18 +88,18 @@ def _check_fit(
         if key in state and state[key].shape != shape
     ]
     if missing:
-        example = f'there is no {missing[0]}'
+        example = f'{missing[0]} is missing'
     elif other:
         example = (
             f'{other[0]} has shape {tuple(state[other[0]].shape)}, '
-            f'the model wants {tuple(wanted[other[0]])}'
+            f'the model requires {tuple(wanted[other[0]])}'
         )
     else:
         return
     raise CheckpointError(
-        f'{what} is of another architecture than the model: '
+        f'{what} does not match the architecture of the model: '
         f'{len(missing)} of {len(wanted)} tensors are missing and '
-        f'{len(other)} have another shape; for example, {example}'
+        f'{len(other)} have a different shape; for example, {example}'
     )
 
 
