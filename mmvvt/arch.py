@@ -72,7 +72,8 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
     missing = [key for key in REQUIRED_KEYS if key not in settings]
     if missing:
         raise UserError(
-            f'arch lacks the keys {missing}; it needs {list(REQUIRED_KEYS)}'
+            f'arch is missing the keys {missing}; required are '
+            f'{list(REQUIRED_KEYS)}'
         )
     unknown = sorted(set(settings) - set(REQUIRED_KEYS) - set(OPTIONAL_KEYS))
     if unknown:
@@ -90,7 +91,7 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
         ):
             raise UserError(
                 f'arch[{key!r}] must be {NUM_STAGES} positive '
-                f'integers, one a stage, got {values!r}'
+                f'integers, one per stage, got {values!r}'
             )
         settings[key] = list(values)
     for stage, (dims, heads, fr) in enumerate(
@@ -102,7 +103,7 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
     ):
         if dims % (fr * heads):
             raise UserError(
-                f'embed_dims {dims} of stage {stage} cannot be divided by '
+                f'embed_dims {dims} of stage {stage} must be divisible by '
                 f'fr_ratio * num_heads = {fr} * {heads}'
             )
     return settings

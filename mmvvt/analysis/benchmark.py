@@ -70,7 +70,9 @@ def build(name: str) -> nn.Module:
         UserError: If the package that provides the model is not installed.
     """
     if name not in NAMES:
-        raise UserError(f'a model is one of {", ".join(NAMES)}, got {name!r}')
+        raise UserError(
+            f'name must be one of {", ".join(NAMES)}, got {name!r}'
+        )
     if name in VVTS:
         import mmvvt.models  # noqa: F401, registers
 
@@ -164,8 +166,8 @@ def check_same(
         )
     if not error <= tolerance:
         raise AssertionError(
-            f'the two sides differ by {error:.1e}, more than {tolerance:.0e}: '
-            'not worth timing'
+            f'the outputs of the two models differ by {error:.1e}, allowed is '
+            f'a relative error of {tolerance:.0e}'
         )
     return error
 
@@ -186,8 +188,8 @@ def check_finite(model: nn.Module, image: Tensor) -> None:
     sides = [out.shape[-1] for out in outs]
     if sides != [-(-image.shape[-1] // stride) for stride in (4, 8, 16, 32)]:
         raise AssertionError(
-            f'feature maps of {sides} pixels a side for an '
-            f'image of {image.shape[-1]}'
+            f'the feature maps have widths of {sides} pixels for an image '
+            f'with a width of {image.shape[-1]} pixels'
         )
     if not all(out.isfinite().all() for out in outs):
         raise AssertionError('a feature map is not finite')
@@ -303,7 +305,10 @@ def parse_size(text: str) -> Tuple[int, int]:
     """
     parts = text.lower().split('x')
     if len(parts) != 2 or not all(p.strip().isdigit() for p in parts):
-        raise UserError(f'a size is BATCHxSIDE, such as 4x224, got {text!r}')
+        raise UserError(
+            'a size must have the form BATCHxSIDE, such as 4x224, '
+            f'got {text!r}'
+        )
     return int(parts[0]), int(parts[1])
 
 
@@ -440,7 +445,7 @@ def read_csv(path: str) -> List[Row]:
     names = [field.name for field in fields(Row)]
     if not lines or list(lines[0]) != names:
         raise UserError(
-            f'{path} is not a file of benchmark.py: its columns '
+            f'{path} was not written by benchmark.py: its columns '
             f'must be {", ".join(names)}'
         )
     return [

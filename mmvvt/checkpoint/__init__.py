@@ -7,6 +7,7 @@ from .convert import (
     infer_arch,
     official_shapes,
 )
+from .predictions import load_predictions
 from .resume import check_resumable, find_resumable
 from .safe_load import (
     READS_RUNNER_CHECKPOINTS,
@@ -25,6 +26,7 @@ __all__ = [
     'find_resumable',
     'infer_arch',
     'load_checkpoint_file',
+    'load_predictions',
     'official_shapes',
     'read_checkpoint',
     'register_safe_globals',

@@ -71,13 +71,13 @@ class VicinityAttention(BaseModule):
         super().__init__(init_cfg)
         if embed_dims % (fr_ratio * num_heads):
             raise UserError(
-                f'embed_dims {embed_dims} cannot be divided by '
+                f'embed_dims {embed_dims} must be divisible by '
                 f'fr_ratio * num_heads = {fr_ratio} * '
                 f'{num_heads}'
             )
         if embed_dims % se_ratio:
             raise UserError(
-                f'embed_dims {embed_dims} cannot be divided by '
+                f'embed_dims {embed_dims} must be divisible by '
                 f'se_ratio {se_ratio}'
             )
         if locality not in LOCALITIES:
@@ -120,8 +120,8 @@ class VicinityAttention(BaseModule):
             return x, spatial_shape
         if min(spatial_shape) < self.sr_ratio:
             raise UserError(
-                f'sr_ratio {self.sr_ratio} needs a grid of at '
-                f'least as many rows and columns, got '
+                f'sr_ratio {self.sr_ratio} requires a grid with at least '
+                f'{self.sr_ratio} rows and columns, got '
                 f'{tuple(spatial_shape)}'
             )
         # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)

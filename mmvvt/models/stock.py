@@ -100,11 +100,11 @@ def _difference(
     if type(layer) is not stock.cls:
         return f'is a {type(layer).__name__}'
     if stock.cls.forward is not stock.forward:
-        return f'has another forward than {stock.cls.__name__} had'
+        return 'has a class whose forward method was replaced'
     own = vars(layer)
     replaced = stock.class_attributes.intersection(own)
     if replaced:
-        return f'has its own {sorted(replaced)[0]}'
+        return f'overrides {sorted(replaced)[0]}'
     if any(own[name] for name in HOOKS):
         return 'has hooks'
     for name, axes in stock.parameters.items():
@@ -120,7 +120,7 @@ def _difference(
             parameter.layout,
         ) != (x.device, torch.strided):
             return (
-                f'has its {name} as {parameter.dtype} '
+                f'has a {name} of dtype {parameter.dtype} '
                 f'({parameter.layout}) on {parameter.device}'
             )
         if not _fits(tuple(parameter.shape), axes, known):
@@ -157,7 +157,7 @@ def find_difference(
         difference.
     """
     if _is_observed():
-        return 'global hooks or modes follow the calls of modules'
+        return 'global hooks or modes observe the calls of modules'
     children = {name.partition('.')[0] for name in layers}
     found = {
         name: layer

@@ -83,7 +83,7 @@ def find_obstacle(
         str | None: The first reason found; None if the block runs in strips.
     """
     if not runs_in_strips(x, block.hidden_dims):
-        return 'strips are for large float inputs on a CPU, in eager mode'
+        return 'strips require large float inputs on a CPU in eager mode'
     difference = find_difference(block, LAYERS, x)
     if difference is not None:
         return difference
@@ -97,7 +97,7 @@ def find_obstacle(
     if mlp.drop.training and mlp.drop.p > 0:
         return 'the MLP has dropout'
     if spatial_shape[0] * spatial_shape[1] != x.shape[1]:
-        return f'x does not have the grid {tuple(spatial_shape)}'
+        return f'x does not match the grid {tuple(spatial_shape)}'
     return None
 
 

@@ -257,14 +257,14 @@ class VVT(BaseModule):
         for index in indices:
             if index not in range(-NUM_STAGES, NUM_STAGES):
                 raise UserError(
-                    f'out_indices must be within {-NUM_STAGES} to '
+                    f'out_indices must be between {-NUM_STAGES} and '
                     f'{NUM_STAGES - 1}, got {tuple(indices)}'
                 )
         resolved = tuple(index % NUM_STAGES for index in indices)
         if not resolved or sorted(set(resolved)) != list(resolved):
             raise UserError(
-                f'out_indices must name one stage at least, in '
-                f'rising order and none twice, got '
+                f'out_indices must name at least one stage, in '
+                f'increasing order and without duplicates, got '
                 f'{tuple(indices)}'
             )
         return resolved
@@ -285,7 +285,7 @@ class VVT(BaseModule):
         if self.is_init:  # As in mmengine, keep weights loaded since then.
             warnings.warn(
                 'init_weights of VVT has been called more than once; the '
-                'weights are left as they are',
+                'weights are not changed',
                 stacklevel=2,
             )
             return
@@ -341,7 +341,7 @@ class VVT(BaseModule):
             )
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
             raise UserError(
-                f'the image must be {MIN_SIZE} x {MIN_SIZE} pixels or more, '
+                f'the image must be at least {MIN_SIZE} x {MIN_SIZE} pixels, '
                 f'got {x.shape[2]} x {x.shape[3]}'
             )
         outs = []

@@ -29,13 +29,14 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, locality: str) -> None:
             raise UserError(f'{name} must be floating point, got {t.dtype}')
     if k.shape != v.shape:
         raise UserError(
-            f'k and v must have one shape, got k '
+            f'k and v must have the same shape, got k '
             f'{tuple(k.shape)} and v {tuple(v.shape)}'
         )
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise UserError(
-            f'q {tuple(q.shape)} and k {tuple(k.shape)} must agree in '
-            f'(B, heads, ., d)'
+            f'q and k must have the same B, heads and d in '
+            f'(B, heads, tokens, d), got q {tuple(q.shape)} and k '
+            f'{tuple(k.shape)}'
         )
 
 
@@ -48,12 +49,12 @@ def _attention_obstacle(q: Tensor, k: Tensor, v: Tensor) -> Optional[str]:
     """
     if q.shape[-1] > TRITON_HEAD_DIM:
         return (
-            f'the Triton kernels take heads of up to {TRITON_HEAD_DIM} '
-            f'channels, q has {q.shape[-1]}'
+            f'the Triton kernels support at most {TRITON_HEAD_DIM} channels '
+            f'per head, q has {q.shape[-1]}'
         )
     if not q.dtype == k.dtype == v.dtype:
         return (
-            f'the Triton kernels take q, k and v of one type, got '
+            f'the Triton kernels require q, k and v of the same dtype, got '
             f'{q.dtype}, {k.dtype} and {v.dtype}'
         )
     return None

@@ -38,25 +38,29 @@ def _triton_obstacle(tensors: Dict[str, Tensor]) -> Optional[str]:
     if not HAS_TRITON:
         return 'Triton is not installed'
     if torch.version.hip:
-        return 'the Triton kernels are for NVIDIA, this is a ROCm build'
+        return (
+            'the Triton kernels require an NVIDIA GPU, this is a ROCm build '
+            'of PyTorch'
+        )
     for name, t in tensors.items():
         if not t.is_cuda and not INTERPRETED:
             return (
-                f'Triton needs CUDA tensors, {name} is on {t.device} '
-                '(TRITON_INTERPRET=1 in the environment runs it slowly '
-                'on a CPU)'
+                f'Triton requires CUDA tensors, {name} is on {t.device} (with '
+                'TRITON_INTERPRET=1 in the environment, the kernels run '
+                'slowly on a CPU)'
             )
         if t.is_cuda and torch.cuda.get_device_properties(t.device).major < 8:
             return (
-                'the Triton kernels need an NVIDIA GPU of compute '
-                f'capability 8.0 (Ampere) or later for {name}'
+                'the Triton kernels require an NVIDIA GPU with compute '
+                f'capability 8.0 (Ampere) or higher, {name} is on {t.device}'
             )
         if t.dtype not in TRITON_DTYPES:
             return (
-                f'the Triton kernels compute in float32, {name} is {t.dtype}'
+                f'the Triton kernels support float32, bfloat16 and float16, '
+                f'{name} is {t.dtype}'
             )
         if t.numel() == 0:
-            return f'a Triton kernel needs something to do, {name} is empty'
+            return f'the Triton kernels do not support empty tensors: {name}'
     return None
 
 

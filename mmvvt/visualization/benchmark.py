@@ -91,7 +91,7 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
         axis.yaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f'{value:g}')
         )
-        axis.set_xlabel('images x pixels a side')
+        axis.set_xlabel('batch size x image size (pixels)')
         axis.set_ylabel(
             'megapixels per second' if what == 'speed' else 'peak memory (GiB)'
         )

@@ -40,7 +40,7 @@ def read_scalars(work_dir: str) -> List[dict]:
         )
         records = [*records[:length], *run]
     if not records:
-        raise MissingFileError(f'no training run was logged in {work_dir}')
+        raise MissingFileError(f'no training log in {work_dir}')
     return records
 
 

@@ -1,4 +1,4 @@
-"""Scenes of digits on photographs."""
+"""Tests of the digit scenes on photographs."""
 
 import json
 from importlib import resources
@@ -43,7 +43,7 @@ def coco(root, split):
 
 
 def decode(counts, shape):
-    """The mask that COCO's run lengths stand for."""
+    """Decode COCO's run lengths to a mask."""
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return flat.reshape(shape, order='F')
 
@@ -127,9 +127,9 @@ def test_labels_and_instances(scenes_root):
                     columns.max() + 1,
                     rows.max() + 1,
                 )
-                # A person can read it, and most of it is on the picture.
+                # The digit is readable and mostly inside the image.
                 assert height >= 16 and annotation['area'] >= 60
-                assert (again[mask] == BACKGROUND).all()  # no pixel twice
+                assert (again[mask] == BACKGROUND).all()  # no overlap
                 again[mask] = annotation['category_id']
             assert (again == labels).all()
         assert several >= 0.9 * len(found['images'])

@@ -1,4 +1,4 @@
-"""The handwritten digits as files."""
+"""Tests of the dataset of handwritten digits."""
 
 import os
 

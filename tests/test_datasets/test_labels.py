@@ -1,4 +1,4 @@
-"""The check of label values."""
+"""Tests of the validation of label values."""
 
 import numpy as np
 import pytest
@@ -23,14 +23,14 @@ def test_inference_has_no_labels():
 def test_other_values_are_named():
     with pytest.raises(
         ValueError,
-        match=r'a/b.png: label values \[19, 33\] are outside the classes: '
+        match=r'a/b.png: label values \[19, 33\] are out of range: '
         r'allowed are 0 to 18 and 255 \(ignored\)$',
     ):
         CheckLabels(num_classes=19).transform(results(0, 33, 19, 255))
 
 
 def test_reduced_values_are_explained():
-    with pytest.raises(ValueError, match='have been reduced by 1$'):
+    with pytest.raises(ValueError, match='has subtracted 1$'):
         CheckLabels(num_classes=150).transform(
             results(150, reduce_zero_label=True)
         )

@@ -179,9 +179,7 @@ data_preprocessor = dict(num_classes=1)
 
 
 def test_train_tool(files):
-    demo = (
-        pathlib.Path(__file__).parents[2] / 'configs/demo/vvt-nano_digits.py'
-    )
+    demo = ROOT / 'configs' / 'demo' / 'vvt-nano_digits.py'
     config = files / 'config.py'
     config.write_text(CONFIG.format(demo=demo, root=str(files)))
     bad = files / 'images' / 'a' / '3.png'

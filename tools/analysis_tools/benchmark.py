@@ -50,7 +50,8 @@ def parse_args():
         nargs='+',
         default=['vvt-small', 'vvt-small-plain'],
         metavar='MODEL',
-        help=f'any of {", ".join(NAMES)} (default: vvt-small vvt-small-plain)',
+        help=f'models to time, from {", ".join(NAMES)} (default: vvt-small '
+        'vvt-small-plain)',
     )
     parser.add_argument(
         '--sizes',
@@ -80,7 +81,7 @@ def parse_args():
     parser.add_argument(
         '--memory',
         action='store_true',
-        help='also measure peak memory, each in a separate process',
+        help='also measure peak memory, in a separate process per model',
     )
     parser.add_argument(
         '--profile',
@@ -104,8 +105,8 @@ def check(models, names, image):
                 model, build(f'{name}-plain').eval(), image, TOLERANCE
             )
             print(
-                f'{name} and the plain formula differ by {error:.1e} '
-                f'at {image.shape[-1]} pixels'
+                f'{name} and the reference implementation differ by '
+                f'{error:.1e} at {image.shape[-1]} pixels'
             )
 
 
@@ -135,7 +136,7 @@ def compiled_sides(args, models, image, mode):
             STEPS[mode](compiled, image, args.dtype)
         except Exception as error:  # a compiler may raise anything
             reason = type(error).__name__
-            print(f'{name} is left out compiled: {reason} in torch.compile')
+            print(f'{name}: skipped with torch.compile, it raised {reason}')
             continue
         sides.append(('compiled', name, compiled))
     return sides
@@ -205,7 +206,7 @@ def main():
         raise UserError(f'--runs must be 1 or more, got {args.runs}')
     if args.profile and torch.cuda.is_available():
         raise UserError(
-            '--profile is for a machine without a GPU: hide it with '
+            '--profile requires a machine without a GPU: hide the GPU with '
             'CUDA_VISIBLE_DEVICES='
         )
     keep_freed_memory()
@@ -214,9 +215,9 @@ def main():
     print(machine_line())
     if not args.profile:
         print(
-            f'{args.dtype}, {args.runs} runs a side in alternation; images '
-            'per second: median (20th to 80th percentile); time: over that '
-            f'of {args.models[0]}'
+            f'{args.dtype}, {args.runs} interleaved runs per model; images '
+            'per second: median (20th to 80th percentile); time: relative to '
+            f'{args.models[0]}'
         )
     check(
         models,

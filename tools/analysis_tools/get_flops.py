@@ -34,12 +34,13 @@ def main():
         )
     height, width = args.shape[0], args.shape[-1]
     print(
-        f'multiply-adds of matrix products and convolutions, one image of '
-        f'{height} x {width};\nVVT in the plain linear form (features four '
-        'times as wide). Not counted: norms,\nactivations, resizing, the '
-        'sampling in RoIAlign and deformable attention; a\n'
-        "segmentor's auxiliary head (its parameters are). Detectors of two "
-        'stages:\n1000 proposals, masks for 100.'
+        f'Multiply-adds of matrix products and convolutions for one image of '
+        f'{height} x {width}.\nVVT is counted with the reference '
+        'implementation (features four times as wide).\nNot counted: '
+        'normalization, activations, resizing, the sampling in RoIAlign and '
+        '\ndeformable attention, and the auxiliary head of a segmentor (its '
+        'parameters are\nincluded). Two-stage detectors: 1000 proposals, '
+        'and 100 for the mask heads.'
     )
     print(f'{"config":60} {"params":>12} {"M":>8} {"GMACs":>8}')
     for path in args.configs:

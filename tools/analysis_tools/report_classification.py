@@ -4,10 +4,8 @@ import argparse
 import os
 import sys
 
-import mmengine
-
 import mmvvt  # noqa: F401, registers the modules of mmvvt
-from mmvvt.checkpoint import load_checkpoint_file
+from mmvvt.checkpoint import load_checkpoint_file, load_predictions
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.preflight import class_names, read_config
@@ -31,7 +29,7 @@ def main():
     cfg = read_config(args.config)
     meta = load_checkpoint_file(args.checkpoint).get('meta')
     classes = class_names(cfg, meta)['classes']
-    predictions = mmengine.load(args.predictions)
+    predictions = load_predictions(args.predictions)
     right = sum(
         int(sample['pred_label']) == int(sample['gt_label'])
         for sample in predictions
@@ -45,7 +43,7 @@ def main():
     draw_classification_sheet(
         predictions,
         classes,
-        f'{total - right} of {total} held-out images are wrong',
+        f'{total - right} of {total} held-out images are misclassified',
         sheet,
     )
 
@@ -54,7 +52,7 @@ def main():
     print(f'predictions: {sheet}')
     show_dir = os.path.join(args.work_dir, 'show')
     print(
-        'next, draw each of them with its prediction: '
+        'to draw each image with its prediction: '
         f'{os.path.relpath(sys.executable)} tools/test.py {args.config} '
         f'{args.checkpoint} --show-dir {show_dir}'
     )

@@ -3,10 +3,8 @@
 import argparse
 import os
 
-import mmengine
-
 import mmvvt  # noqa: F401, registers the modules of mmvvt
-from mmvvt.checkpoint import load_checkpoint_file
+from mmvvt.checkpoint import load_checkpoint_file, load_predictions
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.preflight import class_names, read_config
@@ -34,8 +32,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if not os.path.isfile(args.predictions):
-        raise UserError(f'no such file: {args.predictions}')
     if not 0 <= args.score_thr <= 1:
         raise UserError(
             f'--score-thr must be between 0 and 1, got {args.score_thr}'
@@ -45,18 +41,18 @@ def main():
     if args.checkpoint is not None:
         meta = load_checkpoint_file(args.checkpoint).get('meta')
     names = class_names(cfg, meta)
-    predictions = mmengine.load(args.predictions)
+    predictions = load_predictions(args.predictions)
     if not predictions or 'pred_instances' not in predictions[0]:
         raise UserError(
-            f'{args.predictions} holds no predictions of a detector'
+            f'{args.predictions} contains no predictions of a detector'
         )
     name = os.path.splitext(os.path.basename(args.config))[0]
     draw_detection_sheet(
         predictions,
         names['classes'],
         names['palette'],
-        f'{name}: some of {len(predictions)} validation images, scores of '
-        f'{args.score_thr:g} and more',
+        f'{name}: some of {len(predictions)} validation images, scores of at '
+        f'least {args.score_thr:g}',
         args.score_thr,
         args.out,
     )

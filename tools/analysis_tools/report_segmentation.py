@@ -3,10 +3,8 @@
 import argparse
 import os
 
-import mmengine
-
 import mmvvt  # noqa: F401, registers the modules of mmvvt
-from mmvvt.checkpoint import load_checkpoint_file
+from mmvvt.checkpoint import load_checkpoint_file, load_predictions
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.preflight import class_names, read_config
@@ -28,17 +26,15 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if not os.path.isfile(args.predictions):
-        raise UserError(f'no such file: {args.predictions}')
     cfg = read_config(args.config)
     meta = None
     if args.checkpoint is not None:
         meta = load_checkpoint_file(args.checkpoint).get('meta')
     names = class_names(cfg, meta)
-    predictions = mmengine.load(args.predictions)
+    predictions = load_predictions(args.predictions)
     if not predictions or 'pred_sem_seg' not in predictions[0]:
         raise UserError(
-            f'{args.predictions} holds no predictions of a segmentor'
+            f'{args.predictions} contains no predictions of a segmentor'
         )
     name = os.path.splitext(os.path.basename(args.config))[0]
     draw_segmentation_sheet(

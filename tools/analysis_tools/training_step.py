@@ -139,7 +139,7 @@ def main():
     print(machine_line())
     print(
         f'{args.batch} x {height} x {width}: '
-        f'{statistics.median(seconds[1:]):.2f} s a step (median of '
+        f'{statistics.median(seconds[1:]):.2f} s per step (median of '
         f'{args.runs}), peak {peak_memory_gib():.2f} GiB'
     )
 

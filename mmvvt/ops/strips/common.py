@@ -54,9 +54,9 @@ def check_differentiated_once() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            'a block that runs in strips can be differentiated once, and the '
-            'backward pass was called with create_graph=True; attn_cfg='
-            "dict(backend='reference') can be differentiated again"
+            'double backward (create_graph=True) is not supported for blocks '
+            "that run in strips; set attn_cfg=dict(backend='reference'), "
+            'which supports it'
         )
 
 
