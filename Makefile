@@ -10,7 +10,7 @@ SCENES_CONFIG := configs/demo/vvt-nano_fpn_digit-scenes.py
 BOXES := work_dirs/retinanet_vvt-nano_digit-scenes
 BOXES_CONFIG := configs/demo/retinanet_vvt-nano_digit-scenes.py
 
-.PHONY: help demo demo-seg demo-det test test-fast test-kill lint install clean
+.PHONY: help demo demo-seg demo-det test test-fast test-kill fuzz lint install clean
 
 help:
 	@echo "make demo      train and test a small VVT on handwritten digits"
@@ -19,6 +19,7 @@ help:
 	@echo "make test      install everything, mmcv's compiled ops too, and run the tests"
 	@echo "make test-fast run the tests marked fast, in under 90 seconds"
 	@echo "make test-kill kill training at random moments and resume it, 40 times"
+	@echo "make fuzz      read 10 000 damaged and hostile files, about 3 minutes"
 	@echo "make lint      check the style and the spelling"
 	@echo "make install   install everything and stop there"
 	@echo "make clean     remove .venv and what the demos wrote"
@@ -68,6 +69,10 @@ test-fast: install
 test-kill: install
 	MMVVT_KILLS=20 OMP_NUM_THREADS=1 $(PY) -m pytest -s -q \
 	    tests/test_engine/test_checkpoint_hook.py -k killed_again
+
+# Feeds 10 000 damaged and hostile files to the readers.
+fuzz: install
+	MMVVT_FUZZ=10000 $(PY) -m pytest -s -q tests/test_fuzz.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -14,11 +14,41 @@ from ..errors import AnnotationError
 from .config import pipeline_steps, type_name
 from .sources import Source, find_backend, is_local
 
-# Keys that mmdet reads from each entry
+LARGEST = 1e9  # pixels, or square pixels
+
+
+def _is_number(value: Any) -> bool:
+    # False for NaN and infinity, which JSON files may contain
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) in (int, str)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and '\0' not in value
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        type(value) is list and len(value) == 4 and all(map(_is_number, value))
+    )
+
+
+# Keys that mmdet reads from each entry, and what they must be
+IDENTIFIER, NUMBER = (_is_id, 'a number or a string'), (_is_number, 'a number')
+TEXT, BOX = (_is_text, 'a string'), (_is_box, 'a list of four numbers')
 KEYS = dict(
-    images=('id', 'file_name', 'height', 'width'),
-    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
-    categories=('id', 'name'),
+    images=dict(id=IDENTIFIER, file_name=TEXT, height=NUMBER, width=NUMBER),
+    annotations=dict(
+        id=IDENTIFIER,
+        image_id=IDENTIFIER,
+        category_id=IDENTIFIER,
+        bbox=BOX,
+        area=NUMBER,
+    ),
+    categories=dict(id=IDENTIFIER, name=TEXT),
 )
 REMEDY = 'name the classes with dataset.metainfo=dict(classes=(...))'
 
@@ -64,11 +94,16 @@ def _read(
                 f"{path} is not in COCO format: it has no list '{part}'"
             )
         for index, entry in enumerate(entries):
-            for key in KEYS[part]:
+            for key, (is_valid, kind) in KEYS[part].items():
                 if not isinstance(entry, dict) or key not in entry:
                     raise AnnotationError(
                         f'{path} is not in COCO format: '
                         f"{part}[{index}] has no '{key}'"
+                    )
+                if not is_valid(entry[key]):
+                    raise AnnotationError(
+                        f'{path} is not in COCO format: {part}[{index}].{key} '
+                        f'must be {kind}, got {entry[key]!r:.60}'
                     )
     return content
 
