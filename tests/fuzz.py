@@ -609,7 +609,7 @@ def encoded(extension, grey):
     return data.tobytes()
 
 
-EXTENSIONS = ['.png', '.png', '.jpg', '.bmp', '.tiff', '.webp', '.ppm', '.jp2']
+EXTENSIONS = ['.png', '.png', '.jpg', '.bmp', '.tiff', '.webp', '.pnm', '.jp2']
 
 
 def image_damaged(rng, folder):
@@ -642,13 +642,13 @@ def image_header(rng, folder):
     extension, place, code = [
         ('.bmp', 18, '<II'),
         ('.jpg', None, '>HH'),
-        ('.ppm', None, ''),
+        ('.pnm', None, ''),
     ][kind - 1]
     data = bytearray(encoded(extension, True))
     if extension == '.jpg':
         place = data.index(b'\xff\xc0') + 5
         width, height = width & 0xFFFF, height & 0xFFFF
-    elif extension == '.ppm':
+    elif extension == '.pnm':
         header = b'P5\n%d %d\n255\n' % (width, height)
         return 'header', header + bytes(100)
     struct.pack_into(code, data, place, width, height)
