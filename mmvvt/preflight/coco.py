@@ -7,6 +7,7 @@ or on none.
 
 import json
 import os
+import reprlib
 from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -103,7 +104,7 @@ def _read(
                 if not is_valid(entry[key]):
                     raise AnnotationError(
                         f'{path} is not in COCO format: {part}[{index}].{key} '
-                        f'must be {kind}, got {entry[key]!r:.60}'
+                        f'must be {kind}, got {reprlib.repr(entry[key])}'
                     )
     return content
 
@@ -132,6 +133,19 @@ def _find_category_fault(
         f'or lists one more than once: {found[index]!r} has index {index} '
         f'among the categories that are classes; {REMEDY}'
     )
+
+
+def _find_repeated_id(path: str, content: Dict[str, Any]) -> Optional[str]:
+    """Check that annotations have different ids, as mmdet requires."""
+    seen = set()
+    for index, entry in enumerate(content['annotations']):
+        if entry['id'] in seen:
+            return (
+                f'{path} uses an id more than once: annotations[{index}] has '
+                f'the id {reprlib.repr(entry["id"])} of an earlier annotation'
+            )
+        seen.add(entry['id'])
+    return None
 
 
 def _find_missing_images(
@@ -167,21 +181,24 @@ def _find_missing_masks(path: str, content: Dict[str, Any]) -> Optional[str]:
             continue
         if not (isinstance(mask, (dict, list)) and mask):
             return (
-                f'{path} has no masks for the mask head of the model: '
-                f"annotations[{index}] has no 'segmentation'; train a model "
-                'without a mask head, or add polygons or run lengths'
+                f'{path} lacks masks, which the pipeline or the metric '
+                f"needs: annotations[{index}] has no 'segmentation'; add "
+                'polygons or run lengths, or use boxes only, with '
+                "with_mask=False and metric='bbox'"
             )
     return None
 
 
 def _needs_masks(source: Source, metrics: List[dict]) -> bool:
-    if source.loader == 'train_dataloader':
-        return any(
-            step.get('with_mask') and 'Annotations' in type_name(step)
-            for step in pipeline_steps(source.config)
-        )
+    """Whether the pipeline loads masks or a metric compares them."""
+    loads = any(
+        step.get('with_mask') and 'Annotations' in type_name(step)
+        for step in pipeline_steps(source.config)
+    )
     wanted = [metric.get('metric', 'bbox') for metric in metrics]
-    return any('segm' in (w if isinstance(w, list) else [w]) for w in wanted)
+    return loads or any(
+        'segm' in (w if isinstance(w, (list, tuple)) else [w]) for w in wanted
+    )
 
 
 def _only_writes(metric: dict) -> bool:
@@ -235,6 +252,8 @@ def find_coco_problems(
     if is_local(find_backend(folder, dataset)):
         files = [entry['file_name'] for entry in content['images']]
         faults.append(_find_missing_images(path, folder, files))
+    if 'annotations' in parts and getattr(dataset, 'ANN_ID_UNIQUE', True):
+        faults.append(_find_repeated_id(path, content))
     if 'annotations' in parts and _needs_masks(source, metrics):
         faults.append(_find_missing_masks(path, content))
     for fault in faults:

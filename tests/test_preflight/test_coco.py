@@ -1,4 +1,4 @@
-"""A faulty COCO file is named in one line before mmdet reads it."""
+"""Invalid COCO files are reported in one line before mmdet reads them."""
 
 import json
 import re
@@ -20,7 +20,7 @@ FILE = r'\S+/annotations/train\.json'
 
 
 def coco(names=CLASSES, images=('a.jpg', 'sub/b.jpg')):
-    """What a COCO file holds; the second image has no annotation."""
+    """Return the content of a COCO file; the second image is empty."""
     return dict(
         images=[
             dict(id=i, file_name=name, height=40, width=60)
@@ -71,7 +71,7 @@ def check(cfg):
 
 
 def fault(root, content, **dataset):
-    """The line for a file with this content."""
+    """Return the message for a file with the given content."""
     if not isinstance(content, bytes):
         content = json.dumps(content).encode()
     (root / 'annotations' / 'train.json').write_bytes(content)
@@ -85,7 +85,7 @@ def fault(root, content, **dataset):
 
 def test_good_files_pass(root):
     path = root / 'annotations' / 'train.json'
-    # more categories than the classes, ids in any order, images unlisted
+    # additional categories, unsorted ids, and images that are not listed
     content = coco(['bird', 'cat', 'cow', 'dog'], ['a.jpg'])
     content['categories'][1]['id'] = 90
     path.write_text(json.dumps(content))
@@ -177,35 +177,38 @@ def test_images_to_predict_on_need_no_annotations(root):
 
 def test_categories_are_none_of_the_classes(root):
     assert re.fullmatch(
-        rf"{FILE} has no category 'cat', 'dog', of 2 classes; it has "
+        rf"{FILE} is missing the categories 'cat', 'dog' of 2 classes; it has "
         r"'Cat', 'Dog'; name the classes with "
         r'dataset\.metainfo=dict\(classes=\(\.\.\.\)\)',
         fault(root, coco(['Cat', 'Dog'])),
     )
-    # the classes of the data set's class, where the config names none
+    # The classes of the dataset class are used if the config has none.
     assert (
-        "has no category 'person', 'bicycle', 'car' and 75 more, of 80 "
-        "classes; it has 'cat', 'dog'; " in fault(root, coco(), metainfo=None)
+        "is missing the categories 'person', 'bicycle', 'car' and 75 more of "
+        "80 classes; it has 'cat', 'dog'; "
+        in fault(root, coco(), metainfo=None)
     )
 
 
 def test_one_class_is_no_category(root):
-    assert "has no category 'dog', of 2 classes; it has 'cat';" in fault(
-        root, coco(['cat'])
+    assert (
+        "is missing the categories 'dog' of 2 classes; it has 'cat';"
+        in fault(root, coco(['cat']))
     )
-    assert "has no category 'cat', 'dog', of 2 classes; it has none;" in fault(
-        root, coco([])
+    assert (
+        "is missing the categories 'cat', 'dog' of 2 classes; it has none;"
+        in fault(root, coco([]))
     )
 
 
 def test_categories_in_another_order(root):
-    """mmdet would call every cat a dog."""
+    """Categories in a different order than the classes are reported."""
     assert (
-        'has its categories in another order than the classes, or one '
-        "twice: 'dog' is number 0 of those"
+        'does not list the categories in the order of the classes, or lists '
+        "one more than once: 'dog' has index 0 among the categories"
         in fault(root, coco(['dog', 'bird', 'cat']))
     )
-    assert "'dog' is number 2 of those" in fault(
+    assert "'dog' has index 2 among the categories" in fault(
         root, coco(['cat', 'dog', 'dog'])
     )
 
@@ -252,3 +255,41 @@ def test_only_coco_data_sets_are_read(root):
         VOCDataset=False,
         NoSuchDataset=False,
     )
+
+
+@pytest.mark.parametrize('mask', [None, [], 'polygon'])
+def test_masks_that_the_pipeline_loads(root, mask):
+    content = coco()
+    if mask is not None:
+        content['annotations'][0]['segmentation'] = mask
+    (root / 'annotations' / 'train.json').write_text(json.dumps(content))
+    check(config(root))
+    load = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
+    line = fault(root, content, pipeline=[load])
+    assert re.fullmatch(
+        rf'{FILE} lacks masks, which the pipeline or the metric needs: '
+        r"annotations\[0\] has no 'segmentation'; .*",
+        line,
+    )
+    with pytest.raises(AnnotationError, match='lacks masks'):
+        check(config(root, dict(type='CocoMetric', metric=['bbox', 'segm'])))
+    content['annotations'][0]['segmentation'] = [[1, 2, 31, 2, 31, 22]]
+    (root / 'annotations' / 'train.json').write_text(json.dumps(content))
+    check(config(root, dict(type='CocoMetric', metric='segm')))
+
+
+@pytest.mark.parametrize(
+    'part,key,value,kind',
+    [
+        ('images', 'file_name', 3, 'a string'),
+        ('images', 'height', float('nan'), 'a number'),
+        ('annotations', 'bbox', [1, 2, 3], 'a list of four numbers'),
+        ('annotations', 'bbox', [1, 2, 3, None], 'a list of four numbers'),
+        ('annotations', 'image_id', [1], 'a number or a string'),
+        ('categories', 'name', None, 'a string'),
+    ],
+)
+def test_values_of_a_wrong_type(root, part, key, value, kind):
+    content = coco()
+    content[part][0][key] = value
+    assert f'{part}[0].{key} must be {kind}, got ' in fault(root, content)

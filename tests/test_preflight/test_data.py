@@ -1,4 +1,4 @@
-"""Data that is not there is named before anything is built."""
+"""Missing data is reported before anything is built."""
 
 import pytest
 from mmengine.config import Config

@@ -1,4 +1,4 @@
-"""What the checks before a run report, and what they accept."""
+"""Tests of the checks before a run: reported and accepted configs."""
 
 import cv2
 import numpy as np
@@ -25,7 +25,7 @@ BACKBONE = dict(type='VVT', arch=ARCH)
 
 
 def problems(cfg, checkpoint=None):
-    """All lines that the checks report."""
+    """Return all lines that the checks report."""
     cfg = read_config(cfg)
     try:
         if checkpoint is None:
@@ -59,7 +59,7 @@ def loader(dataset, **settings):
 
 @pytest.fixture
 def images(tmp_path):
-    """Images of three classes in folders, and a list with their labels."""
+    """Folder with images of three classes and a list of their labels."""
     lines = []
     for label, name in enumerate('abc'):
         (tmp_path / 'images' / name).mkdir(parents=True)
@@ -193,7 +193,7 @@ def test_a_test_set_without_labels(images):
     assert problems(cfg, weights) == []
 
 
-# -- paths and names are read as the loaders read them ------------------------
+# -- paths and names are resolved as during the run ---------------------------
 
 
 def test_home_folder(images, monkeypatch):
@@ -227,12 +227,12 @@ def test_prefix_of_pretrained_weights(images, prefix):
     assert problems(cfg) == []
     cfg.model.backbone.init_cfg.prefix = 'neck'
     (line,) = problems(cfg)
-    assert 'is of another architecture' in line
+    assert 'does not match the architecture' in line
 
 
 @register_backend('mmvvt_test_mapped', prefixes='mapped')
 class MappedBackend(LocalBackend):
-    """A file backend whose paths are mapped to local ones."""
+    """File backend that maps its paths to local paths."""
 
     root = ''
 
@@ -286,7 +286,7 @@ def test_url_of_a_file_backend(images, monkeypatch):
 
 
 def label_maps(root, values, shape=(40, 40), dtype=np.uint8, split='train'):
-    """Write three images and label maps of stripes of the values."""
+    """Write three images, and label maps with stripes of the values."""
     for kind in ('images', 'labels'):
         (root / kind / split).mkdir(parents=True, exist_ok=True)
     stripes = np.resize(np.asarray(values, dtype), shape)
@@ -347,10 +347,10 @@ def test_good_label_maps(tmp_path):
 @pytest.mark.parametrize(
     'values,dtype,expected',
     [
-        ([0, 255], np.uint8, 'hold only the values [0, 255], of which 255'),
-        ([0], np.uint8, 'hold only the values [0]'),
-        ([0, 1, 5], np.uint8, 'has label values [5] outside the classes'),
-        ([0, 256, 300], np.uint16, 'holds values such as [256, 300]'),
+        ([0, 255], np.uint8, 'have only the values [0, 255], of which 255'),
+        ([0], np.uint8, 'have only the values [0]'),
+        ([0, 1, 5], np.uint8, 'has label values [5] that are out of range'),
+        ([0, 256, 300], np.uint16, 'contains values such as [256, 300]'),
         ([0, 256, 257], np.uint16, 'mmseg converts label maps to 8 bits'),
     ],
 )
