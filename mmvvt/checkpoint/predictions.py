@@ -6,11 +6,16 @@ import pickle
 from collections import OrderedDict
 from typing import Any, Callable, Dict, List, Tuple
 
-import numpy as np
 import torch
 
 from ..errors import MissingFileError, UserError
-from .safe_load import _empty_array, _safe_dtype, _scalar
+from .safe_load import (
+    _empty_array,
+    _empty_bytes,
+    _LoadedArray,
+    _safe_dtype,
+    _scalar,
+)
 
 
 def _storage(data: bytes) -> Any:
@@ -44,10 +49,12 @@ ALLOWED: Dict[Tuple[str, str], Any] = {
     ('torch.serialization', '_get_layout'): _Function(
         lambda name: torch.strided
     ),
-    ('numpy', 'ndarray'): np.ndarray,
+    ('numpy', 'ndarray'): _LoadedArray,
     ('numpy', 'dtype'): _Function(_safe_dtype),
     ('_codecs', 'encode'): _Function(lambda text, coding: text.encode(coding)),
 }
+for module in ('__builtin__', 'builtins'):
+    ALLOWED[module, 'bytes'] = _Function(_empty_bytes)
 # NumPy 2 renamed these.
 for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
     ALLOWED[module, '_reconstruct'] = _Function(_empty_array)

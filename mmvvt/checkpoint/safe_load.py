@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 from contextlib import contextmanager
-from typing import Any, BinaryIO, List, Union
+from typing import Any, BinaryIO, Union
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ READS_RUNNER_CHECKPOINTS = digit_version(torch.__version__) >= digit_version(
 
 # Replacements for the classes and functions that a runner checkpoint refers
 # to. A file may call them with arbitrary arguments, so each checks its
-# arguments and creates only numeric data. No replacement gives the file access
-# to functions or classes, because another call in the file could modify them.
+# arguments and creates only numbers and strings. No replacement gives the file
+# access to a class or a dtype, because another call in the file could modify
+# it, or to a function that it could call.
 
 HISTORY_METHODS = ('min', 'max', 'current', 'mean')
 ANNEALING_METHODS = ('_annealing_cos', '_annealing_linear')
@@ -45,7 +46,7 @@ class _LoadedHistoryBuffer(HistoryBuffer):
         count: Any = state.get('_count_history')
         for array in (log, count):
             if not (
-                type(array) is np.ndarray
+                isinstance(array, np.ndarray)
                 and array.ndim == 1
                 and array.dtype.kind in NUMERIC_KINDS
             ):
@@ -59,18 +60,25 @@ class _LoadedHistoryBuffer(HistoryBuffer):
                 'max_length must be an integer'
             )
         self.__class__ = HistoryBuffer
+        log, count = (array.view(np.ndarray) for array in (log, count))
         HistoryBuffer.__init__(self, log, count, state['max_length'])
 
 
-def _one_cycle_scheduler(*args):
+class _OneCycleScheduler:
     """Replacement for mmengine's ``OneCycleParamScheduler``.
 
-    Its state names one of its two annealing functions. The class itself is
-    not needed, and calling it is refused.
+    The state of a one-cycle schedule refers to one of these two functions.
+    They compute a number from three numbers and have no side effects. A file
+    can refer to them, but it cannot modify them.
     """
-    raise pickle.UnpicklingError(
-        'OneCycleParamScheduler is not allowed to be called in a checkpoint'
-    )
+
+    _annealing_cos = staticmethod(OneCycleParamScheduler._annealing_cos)
+    _annealing_linear = staticmethod(OneCycleParamScheduler._annealing_linear)
+
+    def __new__(cls, *args):
+        raise pickle.UnpicklingError(
+            'calling OneCycleParamScheduler is not allowed in a checkpoint'
+        )
 
 
 def _allowed_method(owner, name):
@@ -78,17 +86,15 @@ def _allowed_method(owner, name):
 
     mmengine uses it to pickle the statistics methods of a log buffer and the
     annealing function of a one-cycle schedule. A new buffer already has its
-    methods, so returning their names is sufficient. An annealing function
-    computes a number from three numbers; the file can refer to it but, like
-    any function outside of the allow-list, not call it.
+    methods, so returning their names is sufficient.
     """
     if owner is _LoadedHistoryBuffer and name in HISTORY_METHODS:
         return name
     if owner is HistoryBuffer and name in HISTORY_METHODS:
         # mmengine's own buffer was allow-listed; it needs the methods.
         return getattr(owner, name)
-    if owner is _one_cycle_scheduler and name in ANNEALING_METHODS:
-        return getattr(OneCycleParamScheduler, name)
+    if owner is _OneCycleScheduler and name in ANNEALING_METHODS:
+        return getattr(owner, name)
     raise pickle.UnpicklingError(
         f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint; '
         f'allowed are the methods {HISTORY_METHODS} of HistoryBuffer and '
@@ -113,6 +119,11 @@ def _plain_defaultdict(factory=None):
     return {}
 
 
+def _empty_bytes():
+    """Replacement for ``bytes``, with which empty arrays are pickled."""
+    return b''
+
+
 def _path(*parts):
     """Replacement for ``pathlib`` paths: a string."""
     if all(type(part) is str for part in parts):
@@ -120,68 +131,105 @@ def _path(*parts):
     raise pickle.UnpicklingError('a path must consist of strings')
 
 
-class _TextDtype:
-    """Replacement for a NumPy string dtype, to read single strings.
+class _LoadedDtype:
+    """Replacement for ``numpy.dtype``: the type of numbers or strings.
 
-    The size of a string dtype can be changed after an array has started to
-    use it, so the file never gets access to one. Arrays of strings are
-    therefore refused.
+    NumPy's own dtypes can be modified after an array has started to use them,
+    and the array would then refer to memory that is not its own. The file
+    therefore never gets access to one.
+
+    Args:
+        code (str): Type code, such as 'f8'.
+        align (bool): Not used. Defaults to False.
+        copy (bool): Not used. Defaults to False.
     """
 
-    def __init__(self, code):
-        self.code, self.order = code, '='
+    def __init__(self, code: str, align: bool = False, copy: bool = False):
+        if not isinstance(code, str) or np.dtype(code).kind not in (
+            NUMERIC_KINDS + TEXT_KINDS
+        ):
+            raise pickle.UnpicklingError(
+                f'an array of {code!r} is not allowed in a checkpoint; '
+                'allowed are numbers and strings'
+            )
+        self.dtype = np.dtype(code)
 
-    def __setstate__(self, state):
-        if type(state) is tuple and len(state) > 1 and state[1] in '<>|':
-            self.order = state[1]
-
-    def read(self, data: bytes):
-        dtype = np.dtype(self.code).newbyteorder(self.order)
-        return np.frombuffer(data, dtype, count=1)[0].item()
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ('<', '>', '|', '=') or any(state[2:5]):
+            raise pickle.UnpicklingError(
+                'an array with fields is not allowed in a checkpoint'
+            )
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 def _safe_dtype(code, align=False, copy=False):
-    """Replacement for ``numpy.dtype``: numeric types, and single strings.
+    """Replacement for ``numpy.dtype``, see :class:`_LoadedDtype`."""
+    loaded = _LoadedDtype(code)
+    if np.dtype in torch.serialization.get_safe_globals():
+        # Another allow-list is active, such as that of onedl-mmengine. Which
+        # one torch takes a name from is undefined, and NumPy's own functions
+        # require NumPy's own dtypes.
+        return np.dtype(code, align, copy)
+    return loaded
 
-    It never returns a copy, because the file could modify the copy after an
-    array has started to use it.
-    """
-    if isinstance(code, str):
-        dtype = np.dtype(code)
-        if dtype.kind in NUMERIC_KINDS:
-            return dtype
-        if dtype.kind in TEXT_KINDS:
-            return _TextDtype(code)
+
+def _unwrap(dtype, kinds):
+    """Return NumPy's dtype if it is of the given kinds."""
+    if isinstance(dtype, _LoadedDtype):
+        dtype = dtype.dtype
+    if isinstance(dtype, np.dtype) and dtype.kind in kinds:
+        return dtype
     raise pickle.UnpicklingError(
-        f'an array of {code!r} is not allowed in a '
-        'checkpoint; allowed are numbers'
+        f'{dtype!r} is not allowed in a checkpoint; allowed are numbers and '
+        'strings'
     )
+
+
+class _LoadedArray(np.ndarray):
+    """Replacement for ``numpy.ndarray`` that checks what it contains."""
+
+    def __new__(cls, *args):
+        raise pickle.UnpicklingError(
+            'calling numpy.ndarray is not allowed in a checkpoint'
+        )
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, is_fortran, data = state
+        if self.size or type(data) is not bytes:
+            # Replacing the memory of an array would also affect a tensor that
+            # shares this memory.
+            raise pickle.UnpicklingError(
+                'an array must be stored as bytes, and set only once'
+            )
+        dtype = _unwrap(dtype, NUMERIC_KINDS + 'U')
+        super().__setstate__((version, shape, dtype, is_fortran, data))
+        if dtype.kind == 'U':
+            self.tolist()  # raises an error if a character is invalid
+
+    def __reduce__(self):
+        return self.view(np.ndarray).__reduce__()
+
+    def __reduce_ex__(self, protocol):
+        return self.view(np.ndarray).__reduce_ex__(protocol)
 
 
 def _empty_array(subtype, shape, code):
     """Replacement for NumPy's ``_reconstruct`` that returns an empty array."""
-    if subtype is not np.ndarray or shape != (0,):
+    if subtype not in (np.ndarray, _LoadedArray) or shape != (0,):
         raise pickle.UnpicklingError(
             f'an array of type {subtype!r} and shape {shape!r} is not allowed '
             'in a checkpoint; arrays must be created as an empty ndarray'
         )
-    return np.empty(0, np.int8)
+    return np.ndarray.__new__(_LoadedArray, (0,), np.int8)
 
 
 def _scalar(dtype, data):
     """Replacement for NumPy's ``scalar``: numbers, and strings as ``str``."""
-    if type(dtype) is _TextDtype and isinstance(data, bytes):
-        return dtype.read(data)
-    if (
-        isinstance(dtype, np.dtype)
-        and dtype.kind in NUMERIC_KINDS
-        and isinstance(data, bytes)
-    ):
-        return np.frombuffer(data, dtype, count=1)[0]
-    raise pickle.UnpicklingError(
-        f'a scalar of {dtype!r} is not allowed in a '
-        'checkpoint; allowed are numbers and strings'
-    )
+    dtype = _unwrap(dtype, NUMERIC_KINDS + TEXT_KINDS)
+    if type(data) is not bytes:
+        raise pickle.UnpicklingError('a number must be stored as bytes')
+    scalar = np.frombuffer(data, dtype, count=1)[0]
+    return scalar if dtype.kind in NUMERIC_KINDS else scalar.item()
 
 
 def register_safe_globals() -> None:
@@ -196,9 +244,7 @@ def register_safe_globals() -> None:
     """
     if not READS_RUNNER_CHECKPOINTS:
         return
-    numeric_types = '?bhilqBHILQefdgFDG'
-    classes: List[type] = [np.ndarray]
-    classes += {type(np.dtype(code)) for code in numeric_types}
+    dtypes = {type(np.dtype(code)) for code in '?bhilqBHILQefdgFDG'}
     torch.serialization.add_safe_globals(
         [
             (
@@ -207,12 +253,13 @@ def register_safe_globals() -> None:
             ),
             (_allowed_method, 'builtins.getattr'),
             (
-                _one_cycle_scheduler,
+                _OneCycleScheduler,
                 'mmengine.optim.scheduler.param_scheduler.'
                 'OneCycleParamScheduler',
             ),
             (_plain_dict, 'mmengine.config.config.ConfigDict'),
             (_plain_defaultdict, 'collections.defaultdict'),
+            (_empty_bytes, 'builtins.bytes'),
             (list, 'builtins.list'),
             (dict, 'builtins.dict'),
             (int, 'builtins.int'),
@@ -220,14 +267,15 @@ def register_safe_globals() -> None:
             (_path, 'pathlib.PosixPath'),
             (_path, 'pathlib.PurePosixPath'),
             (_safe_dtype, 'numpy.dtype'),
-            (_TextDtype, 'mmvvt.checkpoint.safe_load._TextDtype'),
-            # Each class is paired with its name: mmengine may allow the same
-            # classes in a safe_globals() context of torch, and leaving the
-            # context removes the unpaired entries. A pickled dtype also sets
-            # its state; this does not modify NumPy's built-in dtypes.
+            (_LoadedDtype, 'mmvvt.checkpoint.safe_load._LoadedDtype'),
+            (_LoadedArray, 'numpy.ndarray'),
+            # Needed only while another allow-list is active, see _safe_dtype.
+            # NumPy's dtypes of this machine's byte order cannot be modified.
+            # Each class is paired with its name, because leaving the context
+            # of another allow-list removes the entries without a name.
             *(
                 (owner, f'{owner.__module__}.{owner.__qualname__}')
-                for owner in classes
+                for owner in dtypes
             ),
             # NumPy 2 renamed these; checkpoints may use either name.
             (_empty_array, 'numpy._core.multiarray._reconstruct'),
