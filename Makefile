@@ -68,7 +68,7 @@ test-fast: install
 # Kills training 20 times in epoch-based and in iteration-based runs.
 test-kill: install
 	MMVVT_KILLS=20 OMP_NUM_THREADS=1 $(PY) -m pytest -s -q \
-	    tests/test_engine/test_checkpoint_hook.py -k killed_again
+	    tests/test_tools/test_kill_and_resume.py
 
 # Prints a table of the outcomes. A case that fails can be repeated alone.
 fuzz: install

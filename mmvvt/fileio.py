@@ -78,7 +78,7 @@ def _explain(error: OSError, path: str, size: Optional[int]) -> str:
     if error.errno not in DISK_FULL or size is None:
         return reason
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-    return f'{reason}; {size:,} bytes are needed, {free:,} are free'
+    return f'{reason}; {size:,} bytes are needed and {free:,} are free'
 
 
 def _rename(temporary: str, path: str, is_dir: bool) -> None:

@@ -5,7 +5,7 @@ import io
 import os
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, Iterator, List, Optional, Union
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from mmengine.utils import apply_to
 
 from ..checkpoint import READS_RUNNER_CHECKPOINTS, read_checkpoint
 from ..errors import CheckpointError
@@ -27,7 +29,7 @@ class AtomicBackend(LocalBackend):
     """
 
     def __init__(self) -> None:
-        self._held: Optional[List[str]] = None
+        self._held: Optional[List[Tuple[Callable, str]]] = None
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
         """Write a file under a temporary name, then rename it.
@@ -44,16 +46,23 @@ class AtomicBackend(LocalBackend):
             with open(temporary, 'wb') as file:
                 file.write(obj)
 
+    def _remove(self, function: Callable, path: str) -> None:
+        if self._held is None:
+            function(path)
+        else:
+            self._held.append((function, path))
+
     def remove(self, filepath: Union[str, Path]) -> None:
         """Remove a file, or remember it while removals are held back."""
-        if self._held is None:
-            super().remove(filepath)
-        else:
-            self._held.append(str(filepath))
+        self._remove(super().remove, str(filepath))
+
+    def rmtree(self, dir_path: Union[str, Path]) -> None:
+        """Remove a folder, or remember it while removals are held back."""
+        self._remove(super().rmtree, str(dir_path))
 
     @contextmanager
-    def hold_removals(self) -> Iterator[List[str]]:
-        """Collect the files to remove instead of removing them."""
+    def hold_removals(self) -> Iterator[List[Tuple[Callable, str]]]:
+        """Collect removals, as functions and their paths."""
         self._held = []
         try:
             yield self._held
@@ -102,6 +111,14 @@ def to_plain(node: Any) -> Any:
     return node
 
 
+def _without_data(node: Any) -> Any:
+    """Replace all tensors of a checkpoint by the same empty tensor."""
+    empty = torch.empty(0)
+    return apply_to(
+        node, lambda child: type(child) is torch.Tensor, lambda child: empty
+    )
+
+
 def _is_readable(node: Any) -> bool:
     buffer = io.BytesIO()
     try:
@@ -116,7 +133,8 @@ def _is_readable(node: Any) -> bool:
 def _find_unreadable(node: Any, where: str) -> str:
     """Name the innermost part of a checkpoint that cannot be read back."""
     if isinstance(node, dict):
-        children = [(f'{where}.{key}', child) for key, child in node.items()]
+        prefix = where and f'{where}.'
+        children = [(f'{prefix}{key}', child) for key, child in node.items()]
     elif isinstance(node, (list, tuple)):
         children = [(f'{where}[{i}]', child) for i, child in enumerate(node)]
     else:
@@ -125,7 +143,8 @@ def _find_unreadable(node: Any, where: str) -> str:
         if not _is_readable(child):
             return _find_unreadable(child, name)
     kind = type(node)
-    return f'{where} is a {kind.__module__}.{kind.__qualname__}'
+    name = f'{kind.__module__}.{kind.__qualname__}'
+    return f'{where or "the checkpoint"} is a {name}'
 
 
 @HOOKS.register_module()
@@ -138,8 +157,9 @@ class SafeCheckpointHook(CheckpointHook):
     space for one more checkpoint than ``max_keep_ckpts``. Other file backends
     than the local one work as in mmengine.
 
-    Before training, the state of the run is written to memory and read back
-    as ``--resume`` and ``tools/test.py`` will do.
+    Before training, the state of the run, without the data of its tensors, is
+    written to memory and read back as ``--resume`` and ``tools/test.py`` will
+    do.
 
     Args:
         *args: Arguments of mmengine's ``CheckpointHook``.
@@ -148,6 +168,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     _is_checking = False
     _checked: Optional[dict] = None
+    backend_args: Optional[dict]
 
     def before_train(self, runner) -> None:
         """Select the file backend and check that the state can be read.
@@ -167,7 +188,7 @@ class SafeCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if isinstance(self.file_backend, AtomicBackend) and is_main_process():
             self._remove_temporary_files()
-        if READS_RUNNER_CHECKPOINTS:
+        if READS_RUNNER_CHECKPOINTS and isinstance(runner, Runner):
             self._check_state(runner)
 
     def _remove_temporary_files(self) -> None:
@@ -194,10 +215,10 @@ class SafeCheckpointHook(CheckpointHook):
             # CheckpointError of the reader, or any error of torch.save
             if self._checked is None:
                 raise
-            found = _find_unreadable(self._checked, 'the checkpoint')
+            found = _find_unreadable(self._checked, '')
             raise CheckpointError(
-                f'{found}, with which the checkpoints of this run could not '
-                'be loaded: use numbers, strings, tensors, lists and dicts'
+                f'{found}, which cannot be loaded from a checkpoint: use '
+                'plain numbers, strings, tensors, lists and dicts'
             ) from error
         finally:
             self._is_checking, self._checked = False, None
@@ -215,6 +236,7 @@ class SafeCheckpointHook(CheckpointHook):
             hub['runtime_info'] = to_plain(hub['runtime_info'])
         if self._is_checking:
             self._checked = checkpoint
+            checkpoint.update(_without_data(checkpoint))
 
     @contextmanager
     def _removals_last(self) -> Iterator[None]:
@@ -230,9 +252,9 @@ class SafeCheckpointHook(CheckpointHook):
             getattr(self, 'best_ckpt_path', None),
             *best.values(),
         }
-        for path in removals:
-            if path not in written and backend.isfile(path):
-                backend.remove(path)
+        for remove, path in removals:
+            if path not in written and backend.exists(path):
+                remove(path)
 
     def after_train_epoch(self, runner) -> None:
         """Save a checkpoint after an epoch, then remove older ones."""
