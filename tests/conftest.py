@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Fixtures and helper functions shared by several tests."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
 
-import mmvvt  # noqa: F401, registers
+import mmvvt  # noqa: F401, registers the modules
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / 'tests' / 'data'
 
-# Of the network in tests/data/backbone.npz.
+# Architecture of the network in tests/data/backbone.npz
 GOLDEN_ARCH = dict(
     embed_dims=[16, 24, 40, 48],
     num_heads=[1, 2, 5, 4],
@@ -27,7 +27,7 @@ GOLDEN_ARCH = dict(
 
 
 def relative_error(actual, expected) -> float:
-    """||actual - expected|| / ||expected||, in float64."""
+    """Return ``||actual - expected|| / ||expected||``, in float64."""
     actual = torch.as_tensor(actual).detach().double()
     expected = torch.as_tensor(expected).detach().double()
     assert actual.shape == expected.shape
@@ -35,13 +35,13 @@ def relative_error(actual, expected) -> float:
 
 
 def build_model(model, scope='mmpretrain'):
-    """Build a model's config as a code base's runner would."""
+    """Build a model from its config, as the runner of a scope does."""
     with DefaultScope.overwrite_default_scope(scope):
         return MODELS.build(model)
 
 
 def check_files(cfg, loaders):
-    """Raise the problems in the files of the data sets of a config."""
+    """Raise the problems in the files of the datasets of a config."""
     from mmvvt.preflight.data import find_data_problems
     from mmvvt.preflight.run import raise_problems
     from mmvvt.preflight.sources import open_sources
@@ -50,7 +50,7 @@ def check_files(cfg, loaders):
 
 
 def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
-    """Run a Python tool of the project; stdout and stderr come together."""
+    """Run a Python tool of the project; stderr is merged into stdout."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -63,7 +63,7 @@ def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
 
 
 def photograph(height, width):
-    """A real photograph, (H, W, 3), BGR."""
+    """Return a real photograph, ``(H, W, 3)``, BGR."""
     import cv2
 
     path = resources.files('sklearn') / 'datasets' / 'images' / 'china.jpg'
@@ -71,14 +71,14 @@ def photograph(height, width):
 
 
 def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
-    """A data set in COCO's layout: a few objects on a photograph.
+    """Write a dataset in COCO's layout: a few objects on a photograph.
 
     Args:
-        root (Path): Gets annotations/, train2017/ and val2017/.
+        root (Path): Folder for annotations/, train2017/ and val2017/.
         classes (Sequence[str]): Names of the categories.
-        images (int): In each split; they have the same objects, and the
-            photograph in another light.
-        empty (int): How many of them, the last, have no objects.
+        images (int): Number of images per split. They have the same objects
+            and differ in the brightness of the photograph.
+        empty (int): Number of images without objects; they are the last ones.
         size (tuple[int, int]): Height and width.
     """
     import cv2
@@ -96,7 +96,7 @@ def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
             for k, (x, y, w, h) in enumerate(
                 [(3, 5, 40, 30), (50, 20, 30, 48), (10, 30, 24, 24)]
             ):
-                # a polygon, and last a crowd as run lengths of columns
+                # polygons, and a crowd with column-major run lengths last
                 crowd = int(k == 2)
                 counts = [x * height + y]
                 for _ in range(w):
@@ -126,7 +126,7 @@ def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
                 for number in range(images)
             ],
             annotations=annotations,
-            # ids with gaps, as COCO's
+            # ids are not consecutive, as in COCO
             categories=[
                 dict(id=2 * i + 1, name=name) for i, name in enumerate(classes)
             ],
@@ -136,7 +136,7 @@ def write_coco(root, classes, images=2, empty=1, size=(75, 101)):
         )
 
 
-# Files of tests that need neither new processes nor the three code bases.
+# Test files that require neither new processes nor mmpretrain, mmseg or mmdet
 FAST = (
     'test_fileio.py',
     'test_cli.py',
@@ -151,7 +151,7 @@ FAST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of the files above as fast."""
+    """Mark the tests of the files in ``FAST`` as fast."""
     for item in items:
         path = item.path.relative_to(ROOT / 'tests').as_posix()
         if path.startswith(FAST):
@@ -160,7 +160,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def golden():
-    """The two golden files."""
+    """Recorded values of the official code, from two files."""
     return {
         name: np.load(DATA / f'{name}.npz')
         for name in ('attention', 'backbone')
@@ -169,7 +169,7 @@ def golden():
 
 @pytest.fixture(scope='session')
 def digits_root(tmp_path_factory):
-    """The whole digits data set, written once."""
+    """Folder with the complete digits dataset, written once per session."""
     from mmvvt.datasets import write_digits
 
     root = tmp_path_factory.mktemp('data') / 'digits'
@@ -179,7 +179,7 @@ def digits_root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """The same random numbers, and no scope left over from another test."""
+    """Seed random numbers and remove scopes set by other tests."""
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmengine'):
         yield

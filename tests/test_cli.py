@@ -1,4 +1,4 @@
-"""How a tool ends."""
+"""Tests of exit codes and error messages of the tools."""
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +47,7 @@ class Faulty(Dataset):
         return 2
 
     def __getitem__(self, index):
-        raise self.kind('a.png: label values [7] are outside the classes')
+        raise self.kind('a.png: label values [7] are out of range')
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -57,5 +57,5 @@ def test_an_error_in_a_worker_process_is_one_line(kind, num_workers):
     with pytest.raises(SystemExit) as caught:
         run(lambda: list(loader))
     assert caught.value.code == (
-        'error: a.png: label values [7] are outside the classes'
+        'error: a.png: label values [7] are out of range'
     )

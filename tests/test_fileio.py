@@ -1,4 +1,4 @@
-"""Files and folders appear completely or not at all."""
+"""Files and folders are written completely or not at all."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
 
 
 def test_several_writers_of_a_folder(tmp_path):
-    """All end well, and what is there is complete."""
+    """Concurrent writers succeed, and the folder is complete."""
     barrier = threading.Barrier(8)
     errors = []
 

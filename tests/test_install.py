@@ -1,4 +1,4 @@
-"""requirements/install.py: what it takes for a whole environment."""
+"""Tests of requirements/install.py: which environments are reused."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """The script as a module, on a copy of the project's files."""
+    """Install script as a module, in a copy of the project files."""
     (tmp_path / 'requirements').mkdir()
     for name in (
         'requirements/install.py',
@@ -28,7 +28,7 @@ def install(tmp_path, monkeypatch):
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # an environment with no packages, and checks that fit it
+    # an environment without packages, and checks that succeed in it
     (tmp_path / '.venv' / 'bin').mkdir(parents=True)
     module.PYTHON = Path(sys.executable)
     module.CHECKS = {'demo': 'import json', 'full': 'import json, csv'}
@@ -74,7 +74,7 @@ def test_changed_requirements_make_a_new_one(install, name):
 
 
 def run_main(install, monkeypatch, kind):
-    """The steps that main would take, without taking them."""
+    """Return the steps of ``main`` without running them."""
     steps = []
     monkeypatch.setattr(sys, 'argv', ['install.py', kind])
     monkeypatch.setattr(
@@ -92,7 +92,7 @@ def run_main(install, monkeypatch, kind):
 def test_what_is_there_is_not_touched(install, monkeypatch):
     stamp(install, 'full')
     assert run_main(install, monkeypatch, 'full') == []
-    # it serves the demo too
+    # The full environment can also be used for the demo.
     assert run_main(install, monkeypatch, 'demo') == []
 
 
@@ -101,7 +101,7 @@ def test_demo_grows_into_full(install, monkeypatch):
     marker = install.VENV / 'marker'
     marker.touch()
     steps = run_main(install, monkeypatch, 'full')
-    assert marker.exists()  # the environment was kept
+    assert marker.exists()  # The environment was reused.
     assert 'mmcv with ops' in steps
     assert not any('mmcv-lite' in step for step in steps)
     assert install.installed_kind() == 'full'
@@ -158,14 +158,14 @@ def test_a_wheel_that_does_not_load_is_built_anew(
     )
     install.install_mmcv_with_ops()
     assert built == [folder]
-    # and given up when the new one does not load either
+    # An error is raised if the new wheel does not load either.
     monkeypatch.setattr(install, 'output_of', lambda code: None)
     with pytest.raises(SystemExit, match='do not load'):
         install.install_mmcv_with_ops()
 
 
 def test_an_environment_of_another_clone_is_not(install):
-    # mmvvt is not installed below this copy, wherever else it may be
+    # mmvvt is not installed from this copy of the project.
     install.CHECKS['demo'] = install.CHECK_CLONE
     stamp(install, 'demo')
     assert install.installed_kind() is None

@@ -1,4 +1,4 @@
-"""What README shows in Python runs, and the files it names are there."""
+"""The Python code in the README runs, and the named files exist."""
 
 import re
 
@@ -16,7 +16,7 @@ BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with what the README's user has beside the project."""
+    """Folder with the files that the README assumes."""
     import cv2
     from sklearn.datasets import load_sample_image
 
@@ -47,7 +47,7 @@ def test_photograph_with_a_converted_checkpoint(folder):
     name, score = lines[-1].rsplit(' ', 1)
     from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 
-    # a progress bar may stand before it on the line
+    # A progress bar may precede the name in the line.
     assert name.endswith(tuple(IMAGENET_CATEGORIES))
     assert 0 < float(score) < 1
 
@@ -78,7 +78,7 @@ def test_nothing_is_left_to_be_filled_in():
     ids=str,
 )
 def test_links_and_paths(document):
-    """Relative links, and the tools and configs in commands, exist."""
+    """Relative links and paths in commands exist."""
     text = (ROOT / document).read_text(encoding='utf-8')
     folder = (ROOT / document).parent
     for link in re.findall(r'\]\(([^)]+)\)', text):

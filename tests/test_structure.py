@@ -1,4 +1,4 @@
-"""The layout: what imports what, and what importing mmvvt changes."""
+"""Tests of imports between modules and of the effects of importing."""
 
 import ast
 
@@ -6,13 +6,13 @@ import pytest
 
 from conftest import ROOT, run_tool
 
-# Rooms from the ground up. A file imports from its own room and from rooms on
-# lower floors only, also inside functions.
+# Layers of packages, from the lowest to the highest. A file imports only from
+# its own package and from lower layers, also inside functions.
 FLOORS = [
     ['mmvvt.version'],
     ['mmvvt.errors'],
     ['mmvvt.arch', 'mmvvt.fileio'],
-    # ops, room by room
+    # subpackages of ops
     ['mmvvt.ops.autograd', 'mmvvt.ops.dispatch'],
     ['mmvvt.ops.angles', 'mmvvt.ops.clamp'],
     ['mmvvt.ops.linear', 'mmvvt.ops.reference'],
@@ -35,7 +35,7 @@ OPS = sorted((ROOT / 'mmvvt' / 'ops').rglob('*.py'))
 
 
 def room_of(module):
-    """The most specific room of a module, or of a name inside of it."""
+    """Return the most specific package of a module or name."""
     names = [name for floor in FLOORS for name in floor]
     return max(
         (
@@ -58,7 +58,7 @@ def module_of(path):
 
 
 def imports_of(path):
-    """Names of what a file imports, relative ones resolved."""
+    """Return the absolute names of the imports of a file."""
     package = list(path.relative_to(ROOT).with_suffix('').parts)
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
@@ -80,7 +80,7 @@ def test_imports_go_downwards(path):
 
 
 def test_every_room_has_a_floor():
-    """A new folder or file of the package needs a line above."""
+    """Each module of the package is listed in ``FLOORS``."""
     rooms = {room_of(module_of(path)) for path in FILES}
     assert {
         f'mmvvt.{p.name.removesuffix(".py")}'
@@ -110,7 +110,7 @@ def test_ops_import_torch_only(path):
 
 
 def calls_of(path):
-    """Dotted names of everything that a file calls or raises."""
+    """Return the dotted names of all calls and raised errors."""
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func)
@@ -144,7 +144,7 @@ def test_tools_run_through_cli(path):
 
 
 def test_lean_import():
-    """No code base of a task, no compiled ops, no Triton, no CUDA context."""
+    """Importing loads no task package, compiled ops, Triton or CUDA."""
     code = """
 import sys, warnings
 import torch, mmengine.runner, mmcv.cnn
@@ -164,18 +164,16 @@ print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())
     assert done.returncode == 0, done.stdout
     found, cuda = done.stdout.strip().splitlines()[-1].rsplit(' ', 1)
     assert cuda == 'False', done.stdout
-    assert set(ast.literal_eval(found)) <= {'matplotlib'}  # mmengine's
+    assert set(ast.literal_eval(found)) <= {'matplotlib'}  # from mmengine
     ours = run_tool('-c', "import sys, mmvvt; print('triton' in sys.modules)")
-    assert ours.stdout == bare.stdout  # torch itself may import it
+    assert ours.stdout == bare.stdout  # torch may import it
 
 
-# What a process has that importing, building and calling could change.
+# State of a process that importing, building and calling must not change
 STATE = """
 import ctypes, logging, os, random, sys, warnings
 import numpy, torch, mmengine.runner, mmcv.cnn
 
-# Calls of the C library's allocator settings are counted by a library that
-# stands in front of it.
 def state():
     return dict(
         environment=dict(os.environ),

@@ -102,9 +102,7 @@ def main():
     )
     print(f'{len(images)} of {len(files)} images: {out}')
     if skipped:
-        raise UserError(
-            f'{len(skipped)} of {len(files)} images had to be skipped'
-        )
+        raise UserError(f'{len(skipped)} of {len(files)} images were skipped')
 
 
 if __name__ == '__main__':

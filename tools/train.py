@@ -64,7 +64,7 @@ def resume_from_newest(cfg):
         folders.append(os.path.join(hook.out_dir, name))
     path, passed_over = find_resumable(folders)
     for error in passed_over:
-        print(f'passed over: {error}', file=sys.stderr)
+        print(f'skipped: {error}', file=sys.stderr)
     cfg.resume = path is not None
     if cfg.resume:
         cfg.load_from = path

@@ -127,9 +127,11 @@ def _find_class_problems(
         ((number, where),) = counts.items()
     elif settings:
         where, number = settings[0]
+    # A classifier can be tested on images of some of its classes.
+    testing = all(source.loader == 'test_dataloader' for source in sources)
+    subset = testing and sources and sources[0].inherits('mmpretrain')
     for name, value in dict(settings).items():
-        # mmseg's heads for two classes may have a single output.
-        if value != number:
+        if value < number or value > number and not subset:
             yield UserError(
                 f'{name} is {value}, but {where} has {number} classes; they '
                 'must be equal'

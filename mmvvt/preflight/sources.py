@@ -45,10 +45,17 @@ class Source:
         """Name of the loader and the dataset for messages."""
         return f'{self.loader} ({type_name(self.config)})'
 
-    def inherits(self, package: str, name: str) -> bool:
-        """Whether the dataset is of a class of mmpretrain, mmseg or mmdet."""
+    def inherits(self, package: str, name: Optional[str] = None) -> bool:
+        """Whether the dataset has a base class of a package.
+
+        Args:
+            package (str): 'mmpretrain', 'mmseg' or 'mmdet'.
+            name (str, optional): Name of the class. Defaults to None, any
+                class of the package.
+        """
         return any(
-            base.__name__ == name and base.__module__.startswith(package)
+            base.__module__.startswith(package)
+            and name in (None, base.__name__)
             for base in getattr(dataset_class(self.config), '__mro__', ())
         )
 

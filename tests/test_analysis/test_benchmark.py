@@ -1,4 +1,4 @@
-"""The benchmark refuses to time two sides that differ."""
+"""Tests of the benchmark: checks before timing, and its files."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_differing_sides_are_not_timed():
     image = torch.randn(1, 3, 4, 4)
     same = check_same(lambda x: (x, 2 * x), lambda x: (x, 2 * x), image, 1e-6)
     assert same == 0.0
-    with pytest.raises(AssertionError, match='the two sides differ by'):
+    with pytest.raises(AssertionError, match='the two models differ by'):
         check_same(lambda x: (x, x), lambda x: (x, 1.1 * x), image, 1e-3)
     with pytest.raises(AssertionError, match='differ by nan'):
         check_same(lambda x: (x * torch.nan,), lambda x: (x,), image, 1e-3)
@@ -43,7 +43,9 @@ def test_sides_take_turns():
 
 @pytest.mark.parametrize('text', ['224', '4x', 'x224', '4x224x3', 'axb'])
 def test_bad_sizes(text):
-    with pytest.raises(ValueError, match='a size is BATCHxSIDE'):
+    with pytest.raises(
+        ValueError, match='a size must have the form BATCHxSIDE'
+    ):
         parse_size(text)
     assert parse_size('4x224') == (4, 224)
 
@@ -52,7 +54,7 @@ def test_maps_are_looked_at():
     image = torch.randn(1, 3, 64, 64)
     maps = [torch.zeros(1, 1, side, side) for side in (16, 8, 4, 2)]
     check_finite(lambda x: maps, image)
-    with pytest.raises(AssertionError, match=r'\[16, 8, 4\] pixels a side'):
+    with pytest.raises(AssertionError, match=r'\[16, 8, 4\] pixels for'):
         check_finite(lambda x: maps[:3], image)
     maps[2][0, 0, 0, 0] = torch.inf
     with pytest.raises(AssertionError, match='not finite'):
@@ -65,7 +67,7 @@ def test_names():
     assert again.block1[0].attn.backend == 'reference'
     for (name, a), b in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(a, b), name
-    with pytest.raises(ValueError, match="a model is one of .*, got 'vvt'"):
+    with pytest.raises(ValueError, match="name must be one of .*, got 'vvt'"):
         build('vvt')
 
 
@@ -128,7 +130,7 @@ def test_profile_tells_products_from_convolutions():
 
 
 def test_peak_memory_is_that_of_the_pass():
-    """Not what this process once had: it has held 2 GiB."""
+    """The peak memory does not include the 2 GiB used by this process."""
     torch.zeros(1 << 29)
     small = peak_memory('vvt-tiny', 1, 64, 'forward', 'float32')
     large = peak_memory('vvt-tiny', 1, 1024, 'train_step', 'float32')

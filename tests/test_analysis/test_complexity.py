@@ -1,4 +1,4 @@
-"""Counted multiply-adds against the formulas."""
+"""Compare counted multiply-adds with analytical formulas."""
 
 import pytest
 import torch
@@ -29,11 +29,11 @@ def test_attention_by_hand():
     )
     found = count(OnGrid(module, (6, 10)), (1, c, 6, 10))
     linears = 3 * n * c * c // fr + n * c // fr * c + 2 * c * c
-    # features of 4d: key-value sums, numerator, denominator
+    # features with 4d channels: key-value sums, numerator, denominator
     attention = heads * (n * 4 * d * d + n * 4 * d * d + n * 4 * d)
     assert found.multiply_adds == linears + attention
     assert found.parameters == sum(p.numel() for p in module.parameters())
-    # left as it was
+    # The module is not changed.
     assert module.backend == 'torch' and module.clamp is False
 
 
@@ -46,7 +46,7 @@ def test_convolution_and_mode():
 
 
 def detector(name, **backbone):
-    """A recipe's detector on a VVT of little depth."""
+    """Build the detector of a config with a shallow VVT."""
     pytest.importorskip('mmdet')
     cfg = Config.fromfile(ROOT / 'configs' / 'detection' / f'{name}.py')
     cfg.model.backbone.update(
@@ -62,7 +62,7 @@ def detector(name, **backbone):
 
 
 HEIGHT, WIDTH = 64, 96
-# Pixels of the pyramid's levels, from stride 4 to stride 128
+# Number of pixels of each pyramid level, strides 4 to 128
 PIXELS = {s: -(-HEIGHT // s) * -(-WIDTH // s) for s in (4, 8, 16, 32, 64, 128)}
 
 
@@ -70,13 +70,15 @@ def test_detector_of_one_stage_by_hand():
     model = detector('retinanet_vvt-tiny_fpn_1x_coco')
     shape = (1, 3, HEIGHT, WIDTH)
     found = count(model, shape).multiply_adds
-    # lateral 1 x 1, output 3 x 3, two more levels with stride 2
+    # 1 x 1 lateral and 3 x 3 output convolutions, and two additional levels
+    # with stride 2
     neck = sum(
         PIXELS[stride] * 256 * (dims + 9 * 256)
         for stride, dims in ((8, 160), (16, 320), (32, 512))
     )
     neck += PIXELS[64] * 256 * 9 * 512 + PIXELS[128] * 256 * 9 * 256
-    # two towers of four, then 80 classes and 4 sides for 9 anchors
+    # two branches of four convolutions, then 80 class scores and 4 box
+    # coordinates for each of 9 anchors
     pixels = sum(PIXELS[stride] for stride in (8, 16, 32, 64, 128))
     head = pixels * 256 * 9 * (8 * 256 + 9 * (80 + 4))
     assert found == count(model.backbone, shape).multiply_adds + neck + head
@@ -90,7 +92,7 @@ def test_detector_of_one_stage_by_hand():
     ],
 )
 def test_detector_of_two_stages_by_hand(name, stages, monkeypatch):
-    """Box heads with as many proposals as it says, and masks for a part."""
+    """The numbers of proposals for box and mask heads are applied."""
     monkeypatch.setattr(complexity, 'NUM_PROPOSALS', 20)
     monkeypatch.setattr(complexity, 'NUM_MASKS', 7)
     model = detector(name)
@@ -100,7 +102,8 @@ def test_detector_of_two_stages_by_hand(name, stages, monkeypatch):
         PIXELS[stride] * 256 * (dims + 9 * 256)
         for stride, dims in ((4, 96), (8, 160), (16, 320), (32, 512))
     )
-    # one 3 x 3, then an object's score and 4 sides for 3 anchors
+    # one 3 x 3 convolution, then an objectness score and 4 box coordinates
+    # for each of 3 anchors
     pixels = sum(PIXELS[stride] for stride in (4, 8, 16, 32, 64))
     rpn = pixels * 256 * (9 * 256 + 3 * (1 + 4))
     if stages == 1:  # two linear layers
@@ -108,7 +111,7 @@ def test_detector_of_two_stages_by_hand(name, stages, monkeypatch):
     else:  # four convolutions and a linear layer
         boxes = 4 * 49 * 256 * 9 * 256 + 49 * 256 * 1024
     boxes += 1024 * (81 + 4 * 80)
-    # four convolutions, 2 x 2 up to twice the size, 80 classes
+    # four convolutions, a 2 x 2 deconvolution and 80 mask channels
     masks = 196 * 256 * (4 * 9 * 256 + 4 * 256) + 784 * 256 * 80
     assert found == (
         count(model.backbone, shape).multiply_adds
@@ -121,7 +124,7 @@ def test_detector_of_two_stages_by_hand(name, stages, monkeypatch):
 
 
 def test_detector_with_a_transformer():
-    """Without data samples, DINO would not run."""
+    """DINO is counted; it requires data samples to run."""
     model = detector('dino-4scale_vvt-small_12e_coco')
     model.num_queries = 50
     model.query_embedding = nn.Embedding(50, 256)
@@ -132,24 +135,24 @@ def test_detector_with_a_transformer():
         * tokens
         * 256
         * (
-            # value and output; offsets and weights of 8 heads, 4 levels and
-            # 4 points
+            # value and output projections; offsets and weights of 8 heads,
+            # 4 levels and 4 points; feed-forward network
             2 * 256 + 3 * 8 * 4 * 4 + 2 * 2048
         )
     )
     decoder = 6 * (
-        # self-attention's projections and products, then as above
+        # projections and products of self-attention, then as above
         50 * 256 * (4 * 256 + 2 * 50)
         + 50 * 256 * (256 + 3 * 8 * 4 * 4 + 2 * 2048)
         + tokens * 256 * 256
         +
-        # the position of boxes, and their refinement
+        # positional embedding and refinement of the boxes
         50 * 256 * (512 + 256)
         + 50 * 256 * (2 * 256 + 4)
     )
     found = count(model, shape).multiply_adds
     by_part = found - count(model.backbone, shape).multiply_adds
-    # the rest is the neck, the first stage and the heads
+    # The remainder is the neck, the first stage and the heads.
     neck = sum(
         4 * PIXELS[stride] * 256 * dims
         for stride, dims in ((8, 160), (16, 320), (32, 512))

@@ -1,4 +1,4 @@
-"""Freed memory is kept where it is asked for, and only there."""
+"""Freed memory is kept only if this is requested."""
 
 import platform
 
@@ -29,7 +29,7 @@ print(resident() - before)
 
 
 def kept_mib(statement, env):
-    """Of 200 MiB that were allocated and freed, those still resident."""
+    """Return how many of 200 MiB stay resident after they were freed."""
     done = run_tool('-c', RESIDENT.format(statement=statement), env=env)
     assert done.returncode == 0, done.stdout
     return int(done.stdout.split()[-1])
@@ -49,9 +49,9 @@ KEEP = 'from mmvvt.apis import keep_freed_memory; assert {}keep_freed_memory()'
     'statement,env,expected',
     [
         (KEEP.format(''), {}, True),
-        # the user's own setting stays
+        # The setting of the user has priority.
         (KEEP.format('not '), {'MALLOC_TRIM_THRESHOLD_': '131072'}, False),
-        # building and calling a backbone sets nothing
+        # Building and calling a backbone does not change the setting.
         (
             'VVT("tiny")(torch.randn(1, 3, 256, 256))[0].sum().backward()',
             {},

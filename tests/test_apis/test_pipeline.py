@@ -1,4 +1,4 @@
-"""Predictor prepares images as the test data loader of the config does."""
+"""The predictor prepares images as the test data loader does."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ ARCH = dict(
 
 @pytest.fixture(scope='module')
 def photograph(tmp_path_factory):
-    """A photograph (75, 101) as PNG, and a label map of zeros."""
+    """Path of a PNG photograph ``(75, 101)`` with a label map of zeros."""
     from sklearn.datasets import load_sample_image
 
     folder = tmp_path_factory.mktemp('photograph')
@@ -41,13 +41,13 @@ def photograph(tmp_path_factory):
 
 @pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs(path, photograph):
-    """The same inputs and metadata as from the dataset's own pipeline."""
+    """Inputs and metadata equal those of the pipeline of the dataset."""
     pytest.importorskip('mmdet')
     cfg = read_config(str(path))
     dataset = next(innermost_datasets(cfg.test_dataloader.dataset))
     image = str(photograph / 'image.png')
     if 'CIFAR' in str(dataset.type) or 'Fashion' in str(dataset.type):
-        # The dataset yields an array: RGB, or grayscale.
+        # The dataset yields an RGB or grayscale array.
         flag = cv2.IMREAD_COLOR if 'CIFAR' in dataset.type else 0
         array = cv2.imread(image, flag)
         sample = dict(img=array[..., ::-1] if array.ndim == 3 else array)
@@ -109,13 +109,14 @@ def classifier(pipeline, channels, dataset=None, **preprocessor):
 
 
 def predict_both(cfg, folder, tmp_path):
-    """Scores of each image, by the test loop and by the predictor."""
+    """Return the scores of each image from the test loop and predictor."""
     cfg.test_dataloader.dataset.data_root = str(folder)
     torch.manual_seed(0)
     cfg = read_config(cfg)
     model = build_model(cfg)
     model.init_weights()
-    for name, parameter in model.named_parameters():  # make inputs matter
+    # Make the output depend on the input.
+    for name, parameter in model.named_parameters():
         if name.endswith('weight') and parameter.dim() > 1:
             parameter.data.normal_(std=parameter[0].numel() ** -0.5)
     checkpoint = str(tmp_path / 'random.pth')
@@ -142,7 +143,7 @@ def predict_both(cfg, folder, tmp_path):
 
 
 def write_images(root, image, suffix='.png'):
-    """Six images in the folders of three classes."""
+    """Write six images to the folders of three classes."""
     for number in range(6):
         folder = root / 'images' / 'abc'[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +222,7 @@ def test_8_bit_loaders(colours, tmp_path, color_type, to_rgb, backend):
 
 @DATASETS.register_module()
 class ArrayDataset:
-    """A dataset that yields arrays, as mmpretrain's CIFAR does."""
+    """Dataset that yields arrays, as mmpretrain's CIFAR does."""
 
     def __init__(self, data_root, pipeline, flag, rgb, test_mode=True):
         self.paths = sorted(map(str, Path(data_root).rglob('*.png')))
@@ -274,7 +275,7 @@ def test_datasets_of_arrays(colours, tmp_path, flag, channels, rgb, to_rgb):
 
 @TRANSFORMS.register_module()
 class LoadNumbers:
-    """A loader for another format: the difference of two channels."""
+    """Load images as the difference of two channels."""
 
     def __call__(self, results):
         image = cv2.imread(results['img_path']).astype(np.float32)
@@ -327,7 +328,7 @@ def test_what_does_not_fit_is_one_line(colours, tmp_path):
     small = dict(type='Resize', scale=(16, 16))
     grey = dict(load, color_type='grayscale')
     assert message([grey, small, RESIZE[1]], 1).startswith(
-        'the image must be 32 x 32 pixels or more'
+        'the image must be at least 32 x 32 pixels'
     )
 
 

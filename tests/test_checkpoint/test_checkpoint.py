@@ -1,4 +1,4 @@
-"""Official checkpoints to ours and back, and what torch.load refuses."""
+"""Tests of checkpoint conversion and of safe loading."""
 
 import argparse
 import builtins
@@ -29,7 +29,7 @@ SAFE_BY_DEFAULT = digit_version(torch.__version__) >= digit_version('2.6')
 
 
 def official_state(arch='tiny', num_classes=10):
-    """Random tensors under official keys."""
+    """State dict with official keys and random tensors."""
     shapes = official_shapes(resolve_arch(arch), num_classes)
     return {key: torch.randn(shape) for key, shape in shapes.items()}
 
@@ -76,7 +76,7 @@ def test_every_kind_of_official_file(state, wrap, tmp_path):
 
 
 def test_golden_network_keeps_its_numbers(golden):
-    """A converted checkpoint in the classifier that mmpretrain builds."""
+    """A converted checkpoint gives the recorded outputs in mmpretrain."""
     file = golden['backbone']
     official = {
         k[len('weight/') :]: torch.from_numpy(file[k])
@@ -118,28 +118,28 @@ def drop(state, *prefixes):
     [
         (
             lambda s: drop(s, 'block3.1.'),
-            r'no published architecture: .*depths '
+            r'do not match a published architecture: .*depths '
             r'\[2, 2, 1, 2\].*truncated',
         ),
         (
             lambda s: drop(s, 'norm4.'),
-            'do not fit arch tiny: missing norm4.bias, norm4.weight',
+            'do not match arch tiny: missing norm4.bias, norm4.weight',
         ),
-        (lambda s: drop(s, 'head.'), 'there is no head.weight'),
+        (lambda s: drop(s, 'head.'), 'head.weight is missing'),
         (
             lambda s: {**s, 'head.weight': torch.tensor(1.0)},
-            'head.weight is no weight of a layer',
+            'head.weight is not the weight of a layer',
         ),
-        (lambda s: {**s, 'head.weight': 'x'}, 'head.weight is no weight'),
+        (lambda s: {**s, 'head.weight': 'x'}, 'head.weight is not the weight'),
         (
             lambda s: {**s, 'patch_embed1.proj.weight': torch.zeros(96)},
-            'patch_embed1.proj.weight is no weight',
+            'patch_embed1.proj.weight is not the weight',
         ),
         (
             lambda s: drop(s, 'patch_embed1'),
-            'no VVT classifier: there is no patch_embed1.proj.weight',
+            'not a VVT classifier: patch_embed1.proj.weight is missing',
         ),
-        (lambda s: {'fc.weight': torch.zeros(2, 2)}, 'no VVT classifier'),
+        (lambda s: {'fc.weight': torch.zeros(2, 2)}, 'not a VVT classifier'),
         (lambda s: {**s, 'pos_embed': torch.zeros(1)}, 'unknown pos_embed'),
         (
             lambda s: {**s, 'norm2.bias': torch.zeros(3)},
@@ -148,14 +148,14 @@ def drop(state, *prefixes):
         ),
         (
             lambda s: {**s, 'norm2.bias': 'x'},
-            'norm2.bias is no floating-point',
+            'norm2.bias is not a floating-point',
         ),
         (
             lambda s: {**s, 'norm2.bias': torch.zeros(160).long()},
-            'norm2.bias is no floating-point',
+            'norm2.bias is not a floating-point',
         ),
-        (lambda s: {'model': {}}, "'model' holds no tensors"),
-        (lambda s: {1: 2}, 'keys of the tensors are no strings'),
+        (lambda s: {'model': {}}, "'model' contains no tensors"),
+        (lambda s: {1: 2}, 'keys of the tensors are not strings'),
     ],
 )
 def test_unusable_states(state, change, message):
@@ -166,7 +166,7 @@ def test_unusable_states(state, change, message):
 def test_mismatched_architecture(state):
     with pytest.raises(
         CheckpointError,
-        match=r'not of arch small: depths '
+        match=r'do not match arch small: depths '
         r'\[2, 2, 2, 2\] instead of \[3, 3, 9, 3\]',
     ):
         convert_official(state, 'small')
@@ -175,38 +175,40 @@ def test_mismatched_architecture(state):
 def test_reverse_refuses_foreign_keys(state):
     converted = convert_official(state)
     converted['state_dict']['decode_head.weight'] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match='decode_head.weight belongs'):
+    with pytest.raises(
+        CheckpointError, match='decode_head.weight is not a key'
+    ):
         convert_to_official(converted)
 
 
 def test_unreadable_files(state, tmp_path):
     cut = tmp_path / 'cut.pth'
     some = {key: state[key] for key in list(state)[:4]}
-    for zipped in (True, False):  # and the format before it
+    for zipped in (True, False):  # zip format and legacy format
         whole = tmp_path / 'whole.pth'
         torch.save(some, whole, _use_new_zipfile_serialization=zipped)
         data = whole.read_bytes()
         for end in [*range(0, 600, 7), len(data) // 2, len(data) - 1]:
             cut.write_bytes(data[:end])
             with pytest.raises(
-                CheckpointError, match='truncated or no|refused to load'
+                CheckpointError, match='truncated or not|refused to load'
             ):
                 load_checkpoint_file(str(cut))
     cut.write_text('404: Not Found\n')
     with pytest.raises(CheckpointError):
         load_checkpoint_file(str(cut))
     torch.save([1, 2], cut)
-    with pytest.raises(CheckpointError, match='holds a list'):
+    with pytest.raises(CheckpointError, match='contains a list'):
         load_checkpoint_file(str(cut))
     with pytest.raises(CheckpointError, match='no such checkpoint file'):
         load_checkpoint_file(str(tmp_path / 'absent.pth'))
 
 
-# -- files that somebody made to do harm --
+# -- malicious files ----------------------------------------------------------
 
 
 class Call:
-    """Pickles as a call of any function, with any arguments and state."""
+    """Pickle as a call of a function with arbitrary arguments and state."""
 
     def __init__(self, function, *arguments, state=None):
         self.call = (function, arguments)
@@ -217,12 +219,12 @@ class Call:
 
 
 def history_method(name):
-    """As mmengine's buffers refer to their statistics methods."""
+    """Refer to a statistics method as mmengine's buffers do."""
     return Call(builtins.getattr, HistoryBuffer, name)
 
 
 class Fresh:
-    """Pickles as an instance of a class with any state."""
+    """Pickle as an instance of a class with an arbitrary state."""
 
     def __init__(self, cls, state):
         self.cls, self.state = cls, state
@@ -232,7 +234,7 @@ class Fresh:
 
 
 def array(dtype, shape, data, dtype_state=None):
-    """An array whose dtype and bytes are told apart."""
+    """Pickle as an array with the given dtype and data."""
     dtype = Call(np.dtype, dtype, False, True, state=dtype_state)
     empty = (np.ndarray, (0,), b'b')
     reconstruct = np.zeros(1).__reduce__()[0]
@@ -241,7 +243,7 @@ def array(dtype, shape, data, dtype_state=None):
 
 NUMBERS = np.arange(2.0)
 MALICE = {
-    'a shell command': None,  # made in the test
+    'a shell command': None,  # created in the test
     'eval': Call(builtins.eval, '1'),
     'attribute of another class': Call(builtins.getattr, np.ndarray,
                                        'tofile'),
@@ -280,14 +282,14 @@ def test_smuggled_content_is_refused(kind, tmp_path):
     content = MALICE[kind]
     if kind == 'a shell command':
         content = Call(os.system, f'touch {marker}')
-    HistoryBuffer()  # the first one fills in the methods of all
+    HistoryBuffer()  # The first buffer registers the methods of all buffers.
     methods = dict(HistoryBuffer._statistics_methods)
     attributes = set(vars(torch.Tensor)), set(vars(HistoryBuffer))
     path = tmp_path / 'bad.pth'
     torch.save({'state_dict': {}, 'message_hub': content}, path)
     with pytest.raises(CheckpointError):
         load_checkpoint_file(str(path))
-    with pytest.raises(Exception):  # noqa: B017, torch's choice
+    with pytest.raises(Exception):  # noqa: B017, the type depends on torch
         torch.load(path)
     assert not marker.exists()
     assert HistoryBuffer._statistics_methods == methods
@@ -311,7 +313,7 @@ def test_a_file_cannot_change_the_statistics_of_others(tmp_path):
     )
     loaded = torch.load(path)
     assert HistoryBuffer([1, 3], [1, 1]).statistics('mean') == 2
-    # and what was loaded is mmengine's own class again, to be saved as such
+    # The loaded object has mmengine's class and can be saved again.
     assert type(loaded) is HistoryBuffer
     assert loaded.statistics('max') == 1.0
 
@@ -339,7 +341,7 @@ def test_namespace_is_allowed_while_converting_alone(tmp_path):
 
 
 def assert_runner_checkpoint_loads(path):
-    """One of mmengine's runner, by ``torch.load`` with its safe default."""
+    """Check that ``torch.load`` reads a runner checkpoint by default."""
     hub = MessageHub.get_instance('test_checkpoint')
     hub.update_scalar('loss', 2.5)
     hub.update_scalar('loss', 1.5)
@@ -368,7 +370,7 @@ def test_runner_checkpoints_load_with_the_safe_default(tmp_path):
 
 @pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
 def test_nor_does_leaving_another_allow_list_change_that(tmp_path):
-    """As onedl-mmengine does after each checkpoint it loads."""
+    """Leaving another allow-list, as onedl-mmengine does, has no effect."""
     with torch.serialization.safe_globals(
         [
             slice,
@@ -388,7 +390,7 @@ def test_nor_does_leaving_another_allow_list_change_that(tmp_path):
     'theirs', [(getattr,), (HistoryBuffer,), (getattr, HistoryBuffer)]
 )
 def test_beside_another_allow_list(theirs, tmp_path):
-    """Where both have a name, it is chance whose torch takes."""
+    """Loading works for names that are in two allow-lists."""
     before = torch.serialization.get_safe_globals()
     names = {f'{one.__module__}.{one.__qualname__}' for one in theirs}
     ours = [
@@ -409,7 +411,7 @@ def test_beside_another_allow_list(theirs, tmp_path):
 
 @pytest.mark.skipif(not SAFE_BY_DEFAULT, reason='torch < 2.6 allows all')
 def test_names_of_the_other_numpy_are_known(tmp_path):
-    """NumPy 1 writes numpy.core, NumPy 2 numpy._core."""
+    """Names of NumPy 1 (numpy.core) and 2 (numpy._core) are allowed."""
     path, other = tmp_path / 'a.pth', tmp_path / 'b.pth'
     torch.save(np.arange(3.0), path)
     with (

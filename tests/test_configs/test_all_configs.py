@@ -1,4 +1,4 @@
-"""Every config loads and builds, and its metafile tells the truth."""
+"""Every config can be built, and its metafile is correct."""
 
 import re
 
@@ -20,7 +20,7 @@ CONFIGS = sorted(
     if '_base_' not in p.parts
 )
 CLASSIFIERS = [p for p in CONFIGS if p.parts[1] == 'classification']
-# Keys of the MMCV 1 generation, which the runner would ignore
+# Keys of MMCV 1.x, which the runner ignores
 OLD_KEYS = {
     'lr_config',
     'optimizer',
@@ -51,7 +51,7 @@ def test_config(path):
     with torch.no_grad():
         features = model.backbone(torch.randn(1, channels, 64, 64))
     assert all(f.isfinite().all() for f in features)
-    # GPUs x batch in the name is what the learning rate is for
+    # The learning rate is for the number of GPUs and batch size in the name.
     named = re.search(r'_(\d+)xb(\d+)', path.stem)
     if named:
         gpus, batch = map(int, named.groups())
@@ -84,7 +84,7 @@ def test_classifier_recipe(path):
     'path', [p for p in CLASSIFIERS if 'in1k' in p.stem], ids=lambda p: p.stem
 )
 def test_classifier_pipelines_run(path, tmp_path):
-    """On an image larger and one smaller than the crop."""
+    """Pipelines accept images that are larger or smaller than the crop."""
     import cv2
     import numpy as np
     from mmengine.dataset import Compose
@@ -120,7 +120,7 @@ def test_metafiles_list_every_recipe_and_count_right():
         size = 384 if '384px' in path else 32 if 'fashion' in path else 224
         channels = cfg.model.backbone.get('in_channels', 3)
         if 'medium' in path or 'large' in path:
-            continue  # as small, only slower
+            continue  # same code path as small, but slower
         found = count(build_model(cfg.model), (1, channels, size, size))
         assert model['Metadata']['Parameters'] == found.parameters, path
         assert model['Metadata']['FLOPs'] == pytest.approx(
@@ -133,7 +133,7 @@ def test_metafiles_list_every_recipe_and_count_right():
     [('tiny', 3.0), ('small', 5.6), ('medium', 9.4), ('large', 10.8)],
 )
 def test_published_multiply_adds(name, gmacs):
-    """The paper's table, which is rounded to a tenth."""
+    """Counts match the table of the paper, rounded to one decimal."""
     cfg = Config.fromfile(
         ROOT / f'configs/classification/vvt-{name}_8xb128_in1k.py'
     )

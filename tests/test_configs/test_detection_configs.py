@@ -1,4 +1,4 @@
-"""Every detection config: it builds, says its recipe, and trains."""
+"""Tests of the detection configs: settings, building and training."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ pytest.importorskip('mmdet')
 from mmdet.registry import DATASETS  # noqa: E402
 
 CONFIGS = sorted((ROOT / 'configs' / 'detection').glob('*.py'))
-# Widths as published, so that necks and heads fit; little depth.
+# Published embed_dims, so that necks and heads match; reduced depths
 SHALLOW = dict(
     embed_dims=[96, 160, 320, 512],
     num_heads=[1, 2, 5, 8],
@@ -44,7 +44,7 @@ def _scope():
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """An image with objects and an empty one in each split."""
+    """Dataset with an image with objects and an empty one per split."""
     root = tmp_path_factory.mktemp('data') / 'coco'
     classes = DATASETS.get('CocoDataset').METAINFO['classes']
     write_coco(root, classes)
@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 
 
 def shrink_sizes(node):
-    """Divide each size in pixels by SHRINK, wherever it stands."""
+    """Divide all image sizes in a nested config by SHRINK."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key in ('scale', 'crop_size'):
@@ -69,7 +69,7 @@ def shrink_sizes(node):
 
 
 def few_regions(model):
-    """As many boxes as small images have, and none below a score."""
+    """Reduce the number of boxes and remove the score threshold."""
     if model.type == 'DINO':
         model.update(num_queries=30)
         model.dn_cfg.group_cfg.num_dn_queries = 5
@@ -85,7 +85,7 @@ def few_regions(model):
 
 
 def small_run(path, data, work_dir):
-    """The config's own recipe at an eighth of the size, with one step."""
+    """Return the config with reduced image sizes and a short schedule."""
     cfg = Config.fromfile(path)
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         shrink_sizes(cfg[key])
@@ -176,25 +176,26 @@ def test_name_says_the_recipe(path):
         (annotations,) = [s for s in pipeline if s.type == 'LoadAnnotations']
         assert annotations.get('with_mask', False) == masks
     assert ('segm' in cfg.test_evaluator.metric) == masks
-    # mmdet cannot merge masks: tools/test.py --tta then says so.
+    # mmdet cannot merge masks: tools/test.py --tta then raises an error.
     assert ('tta_model' in cfg) == ('tta_pipeline' in cfg) == (not masks)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=names(CONFIGS))
 def test_one_step_on_the_true_layout(path, data, tmp_path, monkeypatch):
-    """With an empty image in the batch; then validation."""
-    # Setting out the config for the log takes longer than the step.
+    """A training step with an empty image and validation succeed."""
+    # Formatting the config for the log takes longer than the step.
     monkeypatch.setattr(Config, 'pretty_text', '')
     cfg = small_run(path, data, tmp_path)
-    # The warm-up starts at a thousandth of the rate.
+    # The warm-up starts at 0.001 times the learning rate.
     for scheduler in cfg.param_scheduler:
         scheduler.pop('start_factor', None)
     runner = Runner.from_cfg(cfg)
     model = runner.model
     model.init_weights()
-    # As in a checkpoint. With biases of 0 padding becomes tokens of zeros,
-    # for which each LayerNorm multiplies the gradient by 1 / sqrt(eps): it
-    # overflowed now and then, and the step was clipped to nothing.
+    # Use nonzero biases, as in a checkpoint. With zero biases, padding gives
+    # tokens of zeros, for which each LayerNorm multiplies the gradient by
+    # 1 / sqrt(eps). The gradient may then overflow, and clipping makes the
+    # step zero.
     nn.init.normal_(model.backbone.patch_embed1.proj.bias)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
 
@@ -243,7 +244,7 @@ def test_one_step_on_the_true_layout(path, data, tmp_path, monkeypatch):
 )
 def test_builds_whole(path):
     cfg = Config.fromfile(path)
-    model = MODELS.build(copy.deepcopy(cfg.model))  # DINO writes into it
+    model = MODELS.build(copy.deepcopy(cfg.model))  # DINO modifies the config
     classes = len(
         DATASETS.get(cfg.train_dataloader.dataset.type).METAINFO['classes']
     )

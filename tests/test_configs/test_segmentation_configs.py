@@ -1,4 +1,4 @@
-"""Every segmentation config: it builds, counts as published, and trains."""
+"""Tests of the segmentation configs: complexity, building, training."""
 
 import re
 from importlib import resources
@@ -18,7 +18,7 @@ from mmseg.registry import DATASETS  # noqa: E402
 
 CONFIGS = sorted((ROOT / 'configs' / 'segmentation').glob('*.py'))
 DEMOS = sorted((ROOT / 'configs' / 'demo').glob('*_fpn_digit-scenes*.py'))
-# Widths as published, so that necks and heads fit; little depth.
+# Published embed_dims, so that necks and heads match; reduced depths
 SHALLOW = dict(
     embed_dims=[96, 160, 320, 512],
     num_heads=[1, 2, 5, 8],
@@ -27,8 +27,8 @@ SHALLOW = dict(
 )
 SHRINK = 8
 
-# Million parameters and thousand million multiply-adds at 512 x 512, of the
-# paper's table on ADE20K.
+# Parameters (M) and multiply-adds (G) at 512 x 512, from the ADE20K table of
+# the paper
 PUBLISHED = {
     'vvt-small_fpn': (29.2, 50.9),
     'vvt-medium_fpn': (51.7, 70.8),
@@ -49,14 +49,14 @@ def _scope():
 
 
 def photograph(height, width):
-    """A real photograph, RGB."""
+    """Real photograph, RGB."""
     path = resources.files('sklearn') / 'datasets' / 'images' / 'china.jpg'
     return cv2.resize(cv2.imread(str(path)), (width, height))
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Two images a split in the layouts of ADE20K and Cityscapes."""
+    """Datasets like ADE20K and Cityscapes with two images per split."""
     root = tmp_path_factory.mktemp('data')
     rng = np.random.default_rng(0)
 
@@ -103,7 +103,7 @@ def data(tmp_path_factory):
 
 
 def shrink_sizes(node):
-    """Divide each size in pixels by SHRINK, wherever it stands."""
+    """Divide all image sizes in a nested config by SHRINK."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key in ('scale', 'size', 'crop_size', 'stride'):
@@ -116,7 +116,7 @@ def shrink_sizes(node):
 
 
 def small_run(path, data, work_dir):
-    """The config's own recipe at an eighth of the size, with one step."""
+    """Return the config with reduced image sizes and a short schedule."""
     cfg = Config.fromfile(path)
     for key in (
         'train_dataloader',
@@ -136,7 +136,7 @@ def small_run(path, data, work_dir):
     shrink_sizes(cfg.model.data_preprocessor)
     shrink_sizes(cfg.model.test_cfg)
     cfg.model.backbone.update(arch=SHALLOW, init_cfg=None)
-    # Pooled to 1 x 1, one image gives batch norm a single value.
+    # With one image, batch norm gets a single value after pooling to 1 x 1.
     cfg.train_dataloader.batch_size = 2
     cfg.train_cfg.update(max_iters=1, val_interval=1)
     cfg.default_hooks.logger.interval = 1
@@ -197,7 +197,7 @@ def test_name_says_the_recipe(path):
 
 
 def test_parameters_and_multiply_adds_of_the_paper():
-    """The command line, and its table against the paper's."""
+    """The table printed by get_flops.py matches that of the paper."""
     paths = [
         p
         for p in CONFIGS
@@ -225,7 +225,7 @@ def test_parameters_and_multiply_adds_of_the_paper():
 @pytest.mark.parametrize('path', CONFIGS, ids=names(CONFIGS))
 def test_one_step_on_the_true_layout(path, data, tmp_path):
     cfg = small_run(path, data, tmp_path)
-    # UperNet's warm-up starts at a millionth of the rate.
+    # The warm-up of UPerNet starts at 1e-6 times the learning rate.
     for scheduler in cfg.param_scheduler:
         scheduler.pop('start_factor', None)
     runner = Runner.from_cfg(cfg)
@@ -260,7 +260,7 @@ def test_one_step_on_the_true_layout(path, data, tmp_path):
     [('vvt-nano_fpn_digit-scenes', 24), ('vvt-nano_fpn_digit-scenes-3x', 48)],
 )
 def test_scenes_labels_are_those_in_the_middle(name, size, shape, tmp_path):
-    """OpenCV's nearest pixel is to the upper left: strokes were shifted."""
+    """Resized labels are sampled at pixel centres, without a shift."""
     from mmengine.dataset import Compose
 
     labels = np.random.default_rng(0).integers(0, 11, shape, np.uint8)
@@ -277,7 +277,7 @@ def test_scenes_labels_are_those_in_the_middle(name, size, shape, tmp_path):
             seg_fields=[],
         )
     )
-    # The middle of every third label is between two pixels.
+    # The centre of every third label is between two pixels.
     rows, cols = (
         np.delete(np.arange(n * size // 128), np.s_[1::3]) for n in shape
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import DefaultSampler
+from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
@@ -51,11 +52,18 @@ class Line(BaseModel):
         self.line = torch.nn.Linear(3, 2)
 
     def forward(self, inputs, mode='tensor'):
-        return dict(loss=self.line(inputs).square().mean())
+        loss = self.line(inputs).square().mean()
+        return [loss] if mode == 'predict' else dict(loss=loss)
 
 
 def train(
-    work_dir, epochs=1, metainfo=None, hooks=(), checkpoint=None, **more
+    work_dir,
+    epochs=1,
+    metainfo=None,
+    hooks=(),
+    checkpoint=None,
+    train_cfg=None,
+    **more,
 ):
     """Train a line; returns the runner."""
     optimizer = more.pop('optimizer', dict(type='SGD', lr=0.1, momentum=0.9))
@@ -68,7 +76,7 @@ def train(
             sampler=dict(type=DefaultSampler, shuffle=False),
             collate_fn=dict(type='default_collate'),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=optimizer),
         default_hooks=dict(
             checkpoint=dict(
@@ -183,6 +191,55 @@ def test_hooks_with_a_state(tmp_path):
     train(tmp_path, 2, hooks=hooks, resume=True, load_from=path)
 
 
+class Score(BaseMetric):
+    """A metric that improves after each evaluation."""
+
+    values, default_prefix = 0, None
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        Score.values += 1
+        return dict(score=Score.values)
+
+
+def evaluation():
+    """Settings of a runner that evaluates after each epoch or interval."""
+    loader = dict(
+        batch_size=2,
+        dataset=Numbers(),
+        sampler=dict(type=DefaultSampler, shuffle=False),
+        collate_fn=dict(type='default_collate'),
+    )
+    return dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=[Score()])
+
+
+def test_hooks_that_use_metrics(tmp_path):
+    hooks = [dict(type='EarlyStoppingHook', monitor='score', rule='greater')]
+    more = dict(
+        hooks=hooks,
+        checkpoint=dict(save_best='score', rule='greater'),
+        param_scheduler=dict(
+            type='ReduceOnPlateauLR', monitor='score', rule='greater'
+        ),
+    )
+    train(tmp_path, 2, **more, **evaluation())
+    path = str(tmp_path / 'epoch_2.pth')
+    info = load_checkpoint_file(path)['message_hub']['runtime_info']
+    assert info['best_ckpt'].endswith('best_score_epoch_2.pth')
+    train(tmp_path, 3, resume=True, load_from=path, **more, **evaluation())
+    assert (tmp_path / 'epoch_3.pth').exists()
+
+
+def test_state_of_a_loss_scaler(tmp_path):
+    state = torch.amp.GradScaler('cpu').state_dict()
+    assert state['scale'] > 1
+    torch.save(dict(loss_scaler=state), tmp_path / 'scaler.pth')
+    loaded = load_checkpoint_file(str(tmp_path / 'scaler.pth'))
+    assert loaded == dict(loss_scaler=state)
+
+
 METADATA = dict(
     numpy_strings=[np.str_('cat'), np.str_('dög')],
     array_of_strings=np.array(['cat', 'mouse']),
@@ -277,6 +334,41 @@ def test_old_one_is_removed_after_the_new_one_is_written(
     train(tmp_path, 3, checkpoint=dict(max_keep_ckpts=1))
     assert seen == [[], ['epoch_1.pth'], ['epoch_2.pth']]
     assert names(tmp_path) == ['epoch_3.pth']
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+@pytest.mark.parametrize('interval', [1, 2])
+def test_there_is_always_a_checkpoint(
+    by_epoch, interval, tmp_path, monkeypatch
+):
+    """Also while the best checkpoint is replaced, and saved a second time."""
+    rename, found = os.replace, []
+
+    def replace(source, target):
+        found.append(find_resumable([str(tmp_path)])[0])
+        rename(source, target)
+        found.append(find_resumable([str(tmp_path)])[0])
+
+    monkeypatch.setattr(fileio.os, 'replace', replace)
+    loop = dict(by_epoch=True, max_epochs=4)
+    if not by_epoch:
+        loop = dict(by_epoch=False, max_iters=8, val_interval=2)
+    train(
+        tmp_path,
+        train_cfg=loop,
+        checkpoint=dict(
+            max_keep_ckpts=1,
+            save_best='score',
+            rule='greater',
+            by_epoch=by_epoch,
+            interval=interval,
+        ),
+        **evaluation(),
+    )
+    first = next(i for i, path in enumerate(found) if path)
+    assert first <= 4 and all(found[first:])
+    last = ('epoch_4.pth', 'iter_8.pth')[not by_epoch]
+    assert names(tmp_path) == sorted([last, f'best_score_{last}'])
 
 
 def full_disk(monkeypatch, after):

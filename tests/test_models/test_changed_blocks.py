@@ -1,8 +1,8 @@
-"""A block computes what its layers compute, whatever users do to them.
+"""A block computes the same as its layers, also if users change the layers.
 
-A block of stock layers runs in strips on large images; here, on all images.
-Every test changes something and compares the block with its layers called one
-by one.
+A block of unmodified layers runs in strips on large images; in these tests, on
+all images. Each test changes something and compares the output of the block
+with that of its layers, called one after the other.
 """
 
 import copy
@@ -37,7 +37,7 @@ def build_block(dtype=torch.float64, **options):
 
 
 def one_by_one(block, x, grid):
-    """The block as the paper has it: each layer is called."""
+    """Compute the block by calling each layer, as in the paper."""
     x = x + block.drop_path(block.attn(block.norm1(x), grid))
     return x + block.drop_path(block.mlp(block.norm2(x), grid))
 
@@ -50,8 +50,8 @@ def make_input(dtype=torch.float64):
 
 
 def outcome(function, block, dtype=torch.float64):
-    """Output, and gradient of the input; or the kind of error."""
-    torch.manual_seed(2)  # the same paths are dropped
+    """Return the output and the input gradient, or the error type."""
+    torch.manual_seed(2)  # drop the same paths
     x = make_input(dtype).requires_grad_()
     try:
         out = function(block, x, GRID)
@@ -62,7 +62,7 @@ def outcome(function, block, dtype=torch.float64):
 
 
 def assert_honoured(change, block=None):
-    """Apply a change; the block must do what its layers do.
+    """Apply a change and compare the block with its layers.
 
     Returns:
         bool: Whether the change made a difference to the result.
@@ -72,7 +72,7 @@ def assert_honoured(change, block=None):
     for training in (False, True):
         block = copy.deepcopy(base).train(training)
         before = outcome(VVTBlock.__call__, block)
-        # Two blocks with the same change: spectral norm counts its calls.
+        # Use two blocks with the same change: spectral norm has a state.
         twin = copy.deepcopy(block)
         for changed in (block, twin):
             torch.manual_seed(4)
@@ -96,14 +96,14 @@ def assert_honoured(change, block=None):
 
 
 class Doubled:
-    """Mixed into a layer's class: twice the output."""
+    """Mixin for a layer class that doubles the output."""
 
     def forward(self, *args):
         return 2 * super().forward(*args)
 
 
 class Halved(nn.Module):
-    """A parametrization."""
+    """Parametrization that halves a parameter."""
 
     def forward(self, tensor):
         return tensor / 2
@@ -113,7 +113,7 @@ class TensorSubclass(torch.Tensor):
     pass
 
 
-# Words that a setting may be, by one of them.
+# Alternative values of a string setting, by its value
 WORDS = dict(
     zeros=['reflect', 'replicate', 'circular'],
     none=['tanh'],
@@ -124,7 +124,7 @@ WORDS = dict(
 
 
 def other_values(value):
-    """Other values that a user could give a setting."""
+    """Return other values that a user could set."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
@@ -153,7 +153,7 @@ def replace_layer(block, name, new):
 
 
 def setting_changes(layer):
-    """Names and functions of the layer for each setting that it has."""
+    """Yield the name and function of a change for each setting."""
     for key, value in vars(layer).items():
         if key.startswith('_') or key == 'training':
             continue
@@ -318,7 +318,7 @@ def test_every_layer_has_a_line_in_the_list():
         assert set(layer._parameters) == set(stock.parameters), name
 
 
-# -- blocks of stock layers keep the fast path --------------------------------
+# -- blocks of unmodified layers run in strips --------------------------------
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_every_layer_has_a_line_in_the_list():
         lambda block: setattr(block.norm1, 'eps', 1e-3),
         lambda block: setattr(block.drop_path, 'drop_prob', 0.5),
         lambda block: setattr(block.attn, 'eps', 1e-3),
-        # structured pruning of the hidden layer, gate and heads
+        # structured pruning of the hidden layer, the gate and the heads
         lambda block: narrow(block, 'mlp.fc1', 'mlp.dwconv.dwconv', 'mlp.fc2'),
         lambda block: narrow(block, 'attn.se_fc.0', None, 'attn.se_fc.2'),
     ],
@@ -346,7 +346,7 @@ def test_stock_blocks_run_in_strips(change):
 
 
 def narrow(block, first, middle, last):
-    """Keep half of the channels between two layers."""
+    """Remove half of the channels between two layers."""
     for name in (first, middle):
         if name is not None:
             layer = block.get_submodule(name)
@@ -390,7 +390,7 @@ def test_reasons_name_the_layer():
         ),
         (
             lambda b: b.mlp.fc1.float(),
-            'mlp.fc1 has its weight as torch.float32',
+            'mlp.fc1 has a weight of dtype torch.float32',
         ),
     ]:
         block = build_block()
@@ -400,17 +400,17 @@ def test_reasons_name_the_layer():
     assert 'large float inputs' in strips.find_obstacle(
         build_block(), x.int(), GRID
     )
-    assert 'does not have the grid' in strips.find_obstacle(
+    assert 'does not match the grid' in strips.find_obstacle(
         build_block(), x, (7, 6)
     )
 
 
-# -- several layers, and the whole process ------------------------------------
+# -- several layers, and global state -----------------------------------------
 
 
 @pytest.mark.parametrize('name', ['mlp.drop', 'drop_path'])
 def test_dropout_alone_in_training(name):
-    """Monte Carlo dropout: the model evaluates, its dropout does not."""
+    """Dropout layers in training mode work in a model in eval mode."""
     block = build_block(drop_rate=0.5).eval()
     before = outcome(VVTBlock.__call__, block)
 
@@ -424,7 +424,7 @@ def test_dropout_alone_in_training(name):
 
 
 def test_pruned_heads():
-    """Projections of lengths that do not fit each other are not mixed up."""
+    """Blocks with pruned projections compute the same as their layers."""
 
     def change(block):
         for name, rows in (('q', 4), ('k', 8), ('v', 12)):
@@ -543,7 +543,7 @@ def test_modes_of_functions_and_operations():
                 ours, expected = block(x, GRID), one_by_one(block, x, GRID)
             assert relative_error(ours, expected) < 1e-9
             assert relative_error(ours, before) > 1e-3
-        with torch.device('cpu'):  # is such a mode, but changes nothing
+        with torch.device('cpu'):  # a mode that has no effect here
             assert strips.find_obstacle(block, x, GRID) is None
 
 
@@ -600,7 +600,7 @@ def test_half_of_the_weights_in_another_type():
 
 @pytest.mark.parametrize('transform', ['grad', 'vmap', 'jvp', 'jacrev'])
 def test_transforms_of_functions(transform):
-    """The same values, the same gradients, in strips and without."""
+    """Function transforms give the same values and gradients in strips."""
     block = build_block().eval()
     x = make_input()
     loss_of_layers = one_by_one(block, x, GRID).square().sum()
@@ -638,7 +638,7 @@ def test_transforms_of_functions(transform):
 
 
 def test_source_of_the_walk():
-    """The walk covers every kind of layer there is in a block."""
+    """The table of layers covers all layer types of a block."""
     kinds = {type(m) for m in build_block().modules()} - {VVTBlock}
     assert kinds == {stock.cls for stock in strips.LAYERS.values()}
     assert all(inspect.isclass(kind) for kind in kinds)

@@ -1,4 +1,4 @@
-"""VVT inside mmdet's detectors."""
+"""Tests of VVT in mmdet's detectors."""
 
 from importlib import resources
 
@@ -36,8 +36,10 @@ def _scope():
 
 
 def nano_model(kind, **backbone):
-    """A base file's detector on a small VVT, that keeps a few of its boxes
-    however low their scores."""
+    """Build the detector of a base config with a small VVT.
+
+    It keeps a few boxes independent of their scores.
+    """
     model = Config.fromfile(BASES / 'models' / f'{kind}.py').model
     model.backbone.update(arch=NANO, **backbone)
     stages = len(model.neck.in_channels)
@@ -61,7 +63,7 @@ def build(*args, **kwargs):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_pretrained_classifier_fills_the_backbone(kind, tmp_path, capfd):
-    """No key missing, none unexpected, and every tensor arrives."""
+    """A pretrained classifier provides all tensors of the backbone."""
     init_default_scope('mmpretrain')
     pytest.importorskip('mmpretrain')
     classifier = MODELS.build(
@@ -87,7 +89,7 @@ def test_pretrained_classifier_fills_the_backbone(kind, tmp_path, capfd):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_sizes_not_divisible_by_32(kind):
-    """Images of two odd sizes in a batch, not padded to 32 either."""
+    """A batch with two odd image sizes works without padding to 32."""
     model = build(kind)
     model.data_preprocessor.pad_size_divisor = 1
     sizes = [(97, 131), (85, 150)]
@@ -119,7 +121,7 @@ def test_sizes_not_divisible_by_32(kind):
 
 @pytest.mark.parametrize('kind', ['retinanet_vvt_fpn', 'mask-rcnn_vvt_fpn'])
 def test_boxes_are_of_the_original_image(kind):
-    """Boxes come back at the size of the image as it was on the disk."""
+    """Boxes are in pixels of the original image."""
     model = build(kind)
     sample = DetDataSample(
         metainfo=dict(
@@ -138,7 +140,7 @@ def test_boxes_are_of_the_original_image(kind):
 
 @pytest.mark.parametrize('kind', ['retinanet_vvt_fpn', 'dino_vvt'])
 def test_test_time_augmentation(kind, tmp_path):
-    """Boxes of six views come back into one image."""
+    """Boxes of six views are merged in the original image."""
     cfg = Config.fromfile(BASES / 'datasets' / 'coco_detection.py')
     for resize in cfg.tta_pipeline[-1].transforms[0]:
         resize.scale = tuple(side // 10 for side in resize.scale)
@@ -156,7 +158,7 @@ def test_test_time_augmentation(kind, tmp_path):
     with torch.no_grad():
         (result,) = model.test_step(pseudo_collate([views]))
     found = result.pred_instances
-    assert len(found) == 7  # of six times four
+    assert len(found) == 7  # of 6 x 4 boxes
     assert (found.scores.diff() <= 0).all()
     assert -0.01 <= found.bboxes.min()
     assert found.bboxes[:, 0::2].max() <= 90.01

@@ -1,4 +1,4 @@
-"""The official arithmetic, as recorded: outputs and every gradient."""
+"""Compare outputs and all gradients with recorded official values."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CASES = (
 )
 IMAGES = ('square', 'wide', 'odd')
 BACKENDS = ('torch', 'reference')
-TOLERANCE = {  # of outputs, of gradients
+TOLERANCE = {  # for outputs, for gradients
     torch.float64: (1e-7, 1e-7),
     torch.float32: (1e-5, 1e-3),
 }
@@ -35,7 +35,7 @@ def tensors(file, prefix, dtype):
 
 
 def run_attention(golden, case, dtype, backend='torch'):
-    """Errors of the output and of every gradient, by name."""
+    """Return the errors of the output and of all gradients by name."""
     file = golden['attention']
     heads, fr, se = file[f'{case}/heads_fr_se'].tolist()
     x = torch.from_numpy(file[f'{case}/input']).to(dtype).requires_grad_()
@@ -63,7 +63,7 @@ def run_attention(golden, case, dtype, backend='torch'):
 
 
 def run_backbone(golden, image, dtype, backend='torch', noise=0.0, seed=0):
-    """The same for the backbone; ``noise`` is relative, on all inputs."""
+    """Do the same for the backbone, with relative noise on the inputs."""
     file = golden['backbone']
     generator = torch.Generator().manual_seed(seed)
 
@@ -136,10 +136,10 @@ def test_backbone(golden, image, dtype, backend):
     for name, error in outputs.items():
         assert error < output_tolerance, name
     if dtype == torch.float32:
-        # How far the gradients move if nothing but the given weights and
-        # pixels are rounded to float32, in float64 arithmetic: up to 3e-3 on
-        # 'square', where the sum of weights of one token is next to nothing.
-        # What float32 arithmetic gives there depends on the processor.
+        # Measure the change of the gradients in float64 if only the weights
+        # and pixels are rounded to float32. It is up to 3e-3 for 'square',
+        # where the sum of weights of one token is close to zero. There, the
+        # result of float32 arithmetic depends on the processor.
         moved = max(
             max(
                 run_backbone(
@@ -155,7 +155,7 @@ def test_backbone(golden, image, dtype, backend):
 
 
 def drop_call(function, number, calls):
-    """The function, but for its call of that number, which does nothing."""
+    """Wrap a function so that the call with a given index has no effect."""
 
     def dropping(t, *others, **kwargs):
         calls.append(number)
@@ -166,10 +166,11 @@ def drop_call(function, number, calls):
     return dropping
 
 
-# Of the backend, forward: key-value sums, numerator, normaliser (after it the
-# output, whose clamp changes too little here, see test_vicinity_attention.py);
-# backward, computed again: sums, numerator; masks: output, normaliser,
-# numerator, sums. Of the module: after out_proj.
+# Clamps of the backend in the forward pass: key-value sums, numerator and
+# normaliser. The clamp of the output has too little effect here, see
+# test_vicinity_attention.py. In the backward pass: recomputed sums and
+# numerator. Masks: output, normaliser, numerator and sums. Clamp of the
+# module: after out_proj.
 @pytest.mark.parametrize(
     'module,name,number,total',
     [
@@ -195,7 +196,7 @@ def test_golden_data_tells_when_a_clamp_is_dropped(
 
 
 def test_last_clamp():
-    """The gated output, which bites above 1e4 alone."""
+    """The gated output is clamped to 1e4."""
     module = VicinityAttention(4, num_heads=1, fr_ratio=1)
     with torch.no_grad():
         module.out_proj.weight.zero_()

@@ -1,4 +1,4 @@
-"""VVT inside mmseg's segmentors."""
+"""Tests of VVT in mmseg's segmentors."""
 
 from importlib import resources
 
@@ -31,7 +31,7 @@ def demo_model(**backbone):
 
 
 def test_pretrained_classifier_fills_the_backbone(tmp_path, capfd):
-    """No key missing, none unexpected, and every tensor arrives."""
+    """A pretrained classifier provides all tensors of the backbone."""
     init_default_scope('mmpretrain')
     pytest.importorskip('mmpretrain')
     classifier = MODELS.build(Config.fromfile(CLASSIFIER).model)

@@ -1,4 +1,4 @@
-"""Behaviour of the backbone that every architecture shares."""
+"""Tests of the backbone for all architectures."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ NANO = dict(
     mlp_ratios=[2, 2, 2, 2],
     depths=[1, 1, 2, 1],
 )
-# With the 1000 classes of the head: VVT.md's exact counts.
+# Exact numbers of parameters, including a head with 1000 classes
 PARAMETERS = dict(
     tiny=12882440, small=25492264, medium=47907304, large=61848520
 )
@@ -91,7 +91,7 @@ def test_published_architectures(arch):
 def test_every_parameter_gets_a_finite_gradient(arch):
     model = VVT(arch, out_indices=ALL, drop_path_rate=0.0)
     model.init_weights()
-    # A stage's norm sums to zero over channels: its square does not.
+    # The output of a LayerNorm sums to zero, but its square does not.
     sum(
         out.square().sum() for out in model(torch.randn(1, 3, 64, 48))
     ).backward()
@@ -135,7 +135,9 @@ def test_spatial_and_feature_reduction():
 
 def test_spatial_reduction_needs_a_grid():
     model = VVT({**NANO, 'sr_ratios': [1, 1, 1, 2]})
-    with pytest.raises(ValueError, match=r'sr_ratio 2 needs .* got \(1, 1\)'):
+    with pytest.raises(
+        ValueError, match=r'sr_ratio 2 requires .* got \(1, 1\)'
+    ):
         model(torch.randn(1, 3, 32, 32))
 
 
@@ -155,7 +157,7 @@ def test_frozen_stages(frozen):
             for parameter in getattr(model, part).parameters():
                 assert parameter.requires_grad == (i > frozen), part
     x = torch.randn(2, 3, 32, 32)
-    if frozen >= 0:  # no dropout there
+    if frozen >= 0:  # no dropout in frozen stages
         assert torch.equal(model(x)[frozen], model(x)[frozen])
     if frozen < 3:
         assert not torch.equal(model(x)[3], model(x)[3])
@@ -170,7 +172,7 @@ def test_checkpointing_equals_plain():
     cheap.load_state_dict(plain.state_dict())
     results = []
     for model in (plain, cheap):
-        torch.manual_seed(5)  # the same paths are dropped
+        torch.manual_seed(5)  # drop the same paths
         outs = model(x)
         sum(out.square().sum() for out in outs).backward()
         results.append(
@@ -217,7 +219,7 @@ def test_autocast(dtype):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_large_activations_in_half_precision(dtype):
-    """Sums over 16 384 tokens of values near 100 pass float16's range."""
+    """Sums that exceed the range of float16 do not overflow."""
     attention = VicinityAttention(8, num_heads=1, fr_ratio=1)
     with torch.no_grad():
         for name in ('q_proj', 'k_proj', 'v_proj'):
@@ -247,7 +249,7 @@ def test_channels_last():
     'memory_format', [torch.contiguous_format, torch.channels_last]
 )
 def test_tokens_are_a_view_of_the_convolution(memory_format):
-    """No copy between the two, whatever the layout of the image."""
+    """Tokens share memory with the convolution in both memory formats."""
     embed = nano().patch_embed1
     inputs = {}
     embed.proj.register_forward_hook(
@@ -298,7 +300,7 @@ def test_compiles_under_autocast():
 
 
 def test_exports(monkeypatch):
-    """Also a model that would run in strips."""
+    """A model that runs in strips can be exported."""
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
     model = nano(out_indices=ALL).eval()
     x = torch.randn(1, 3, 64, 48)
@@ -354,7 +356,7 @@ def test_second_initialisation_leaves_the_weights():
 
 
 def test_pretrained_init_cfg(tmp_path):
-    """A classifier's checkpoint into a backbone, as segmentors take it."""
+    """A backbone loads the checkpoint of a classifier with a prefix."""
     source = nano()
     path = tmp_path / 'classifier.pth'
     state = {f'backbone.{k}': t for k, t in source.state_dict().items()}
@@ -393,12 +395,12 @@ def test_builds_under_every_scope(scope):
         (
             dict(arch={**NANO, 'depths': [1, 2, 3]}),
             r"arch\['depths'\] must be 4 "
-            r'positive integers, one a stage, got \[1, 2, 3\]',
+            r'positive integers, one per stage, got \[1, 2, 3\]',
         ),
         (dict(arch={**NANO, 'depths': [1, 2, 3, 0]}), 'positive'),
         (
             dict(arch={k: v for k, v in NANO.items() if k != 'num_heads'}),
-            r"arch lacks the keys \['num_heads'\]",
+            r"arch is missing the keys \['num_heads'\]",
         ),
         (
             dict(arch={**NANO, 'heads': [1, 1, 1, 1]}),
@@ -407,15 +409,15 @@ def test_builds_under_every_scope(scope):
         (
             dict(arch={**NANO, 'num_heads': [3, 2, 3, 4]}),
             'embed_dims 8 of stage 0 '
-            r'cannot be divided by fr_ratio \* num_heads = 2 \* 3',
+            r'must be divisible by fr_ratio \* num_heads = 2 \* 3',
         ),
         (
             dict(out_indices=(0, 4)),
-            r'out_indices must be within -4 to 3, got '
+            r'out_indices must be between -4 and 3, got '
             r'\(0, 4\)',
         ),
-        (dict(out_indices=(3, 0)), r'rising order .* got \(3, 0\)'),
-        (dict(out_indices=()), 'one stage at least'),
+        (dict(out_indices=(3, 0)), r'increasing order .* got \(3, 0\)'),
+        (dict(out_indices=()), 'at least one stage'),
         (dict(frozen_stages=4), 'frozen_stages must be -1 .* to 3, got 4'),
         (
             dict(drop_path_rate=1.0),
@@ -424,7 +426,7 @@ def test_builds_under_every_scope(scope):
         (dict(attn_cfg=dict(locality='2d')), "locality must be one of .*'2d'"),
         (
             dict(attn_cfg=dict(se_ratio=3)),
-            'embed_dims 8 cannot be divided by se_ratio 3',
+            'embed_dims 8 must be divisible by se_ratio 3',
         ),
         (
             dict(attn_cfg=dict(backend='fast')),
@@ -446,8 +448,8 @@ def test_backend_that_cannot_run_is_refused_when_built(monkeypatch):
 @pytest.mark.parametrize(
     'shape,message',
     [
-        ((1, 3, 31, 64), '32 x 32 pixels or more, got 31 x 64'),
-        ((1, 3, 64, 8), '32 x 32 pixels or more, got 64 x 8'),
+        ((1, 3, 31, 64), 'at least 32 x 32 pixels, got 31 x 64'),
+        ((1, 3, 64, 8), 'at least 32 x 32 pixels, got 64 x 8'),
         (
             (1, 1, 64, 64),
             r'must be \(B, 3, H, W\), got shape \(1, 1, 64, 64\)',

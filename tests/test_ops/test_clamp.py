@@ -1,11 +1,11 @@
-"""The magnitude clamp: values and gradient at and around its bounds."""
+"""Tests of the values and gradients of the magnitude clamp."""
 
 import pytest
 import torch
 
 from mmvvt.ops import magnitude_clamp, reference
 
-# below, at and above each bound, of both signs, and zero
+# Zero, and points below, at and above each bound
 POINTS = [0.0, 1e-9, 9e-5, 1e-4, 2e-4, 1.0, 9e3, 1e4, 1.1e4, 1e30]
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the depthwise convolution with GELU."""
+"""Tests of the Triton kernels for depthwise convolution with GELU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from triton_testing import (
     run_interpreted,
 )
 
-# (B, h, w, C): strips of 8 columns, 16 rows, 64 and 128 channels, none full
+# (B, h, w, C): partial tiles of 8 columns, 16 rows, and 64 and 128 channels
 SHAPES = [(2, 5, 9, 6), (1, 1, 11, 130), (1, 33, 3, 5), (2, 1, 1, 65)]
 
 
@@ -30,7 +30,7 @@ def make_inputs(b, h, w, c, dtype=torch.float32):
 
 
 def layers(x, weight, bias, shape):
-    """The same in stock operations."""
+    """Compute the same with standard PyTorch operations."""
     # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)
     x = x.unflatten(1, shape).permute(0, 3, 1, 2)
     x = F.gelu(F.conv2d(x, weight, bias, padding=1, groups=len(weight)))
@@ -39,7 +39,7 @@ def layers(x, weight, bias, shape):
 
 
 def run(inputs, shape, function=dwconv_gelu, dtype=None):
-    """Output and gradients, by name."""
+    """Return the output and the gradients by name."""
     inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     out = function(*inputs, shape)
     torch.manual_seed(1)
@@ -55,7 +55,7 @@ def test_interpreted():
 
 @needs_kernels
 def test_by_hand():
-    """Each weight looks where it should, and padding is 0."""
+    """Each weight is applied at its offset, and the padding is zero."""
     x = torch.arange(1.0, 7.0).view(1, 6, 1).to(DEVICE)  # a grid of 2 x 3
     for row in range(3):
         for col in range(3):
@@ -87,7 +87,7 @@ def test_kernels(shape):
 @needs_kernels
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
-    """Errors at most twice those of plain PyTorch in the same dtype."""
+    """Errors are at most twice those of PyTorch in the same dtype."""
     inputs = make_inputs(2, 5, 9, 6, dtype=dtype)
     exact = run(inputs, (5, 9), layers, torch.float64)
     plain = run(inputs, (5, 9), layers)
@@ -100,7 +100,7 @@ def test_low_precision(dtype):
 
 @needs_kernels
 def test_weights_may_stay_float32():
-    """As under autocast: the type of the result is that of x."""
+    """With float32 weights, the output has the dtype of x."""
     x, weight, bias = make_inputs(1, 4, 5, 6)
     ours = run((x.bfloat16(), weight, bias), (4, 5))
     assert ours['output'].dtype == ours['x'].dtype == torch.bfloat16
@@ -163,7 +163,7 @@ def test_compiles_in_one_graph(dynamic):
 
 @needs_kernels
 def test_block(monkeypatch):
-    """The backend's name in the config reaches both kernels."""
+    """The backend set in the config is used by both kernels."""
     from mmvvt.ops.triton_kernels import dwconv_gelu as kernels
 
     blocks = {}
@@ -182,7 +182,7 @@ def test_block(monkeypatch):
     )
     x = torch.randn(2, 12, 16, device=DEVICE)
     outs = {name: block(x, (3, 4)) for name, block in blocks.items()}
-    assert len(called) == 1  # the GELU is in the kernel
+    assert len(called) == 1  # the kernel includes the GELU
     assert relative_error(outs['triton'].cpu(), outs['torch'].cpu()) < 1e-5
     for out in outs.values():
         out.square().sum().backward()
@@ -194,8 +194,7 @@ def test_block(monkeypatch):
 
 @needs_kernels
 def test_autocast_and_compilers(monkeypatch):
-    """The kernel takes float32 weights under autocast; compilers take the
-    layers."""
+    """Autocast uses the kernel; compiled models use the layers."""
     from mmvvt.ops.triton_kernels import dwconv_gelu as kernels
 
     called = []
@@ -243,7 +242,7 @@ CHANGES = [
 @needs_kernels
 @pytest.mark.parametrize('change', CHANGES)
 def test_changed_layers_are_called(change):
-    """The kernel stands for two stock layers only."""
+    """Modified layers are called instead of the kernel."""
     torch.manual_seed(0)
     mlp = ConvMLP(16, 32, backend='triton')
     x = torch.randn(2, 12, 16, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The branches of a block in strips against the same, layer by layer."""
+"""Compare blocks that run in strips with the layers."""
 
 import copy
 from collections import defaultdict
@@ -14,8 +14,8 @@ from mmvvt.ops.strips import MLPWeights, common, mlp_branch
 
 from conftest import relative_error
 
-# Numbers of a strip, for blocks of some 16 channels and 64 hidden: three rows
-# at a time; the same by their number; a group of whole images.
+# Maximum number of elements of a strip, for blocks with 16 channels and 64
+# hidden channels: the minimum of three rows, three rows, and several images
 STRIPS = dict(narrow=1, some=64 * 5 * 3, whole=10**7)
 GRIDS = [(7, 5), (4, 4), (1, 6), (6, 1), (2, 3), (1, 1)]
 
@@ -37,7 +37,7 @@ def build_block(dtype=torch.float64, path_rate=0.0, drop_rate=0.0, **attn_cfg):
 
 
 class LayerByLayer(VVTBlock):
-    """The same block without strips."""
+    """Block that does not run in strips."""
 
     def _forward(self, x, spatial_shape):
         x = x + self.drop_path(self.attn(self.norm1(x), spatial_shape))
@@ -55,7 +55,7 @@ def runs_in_strips(block, x, grid=(7, 5)):
 
 
 def run(block, x, grid, cotangent):
-    """Output and all gradients, by name."""
+    """Return the output and all gradients by name."""
     x = x.detach().clone().requires_grad_()
     block.zero_grad()
     out = block(x, grid)
@@ -70,7 +70,7 @@ def run(block, x, grid, cotangent):
 def assert_same(ours, expected, tolerance):
     assert ours.keys() == expected.keys()
     for name, want in expected.items():
-        # A gradient may be 0 throughout, where a clamp lets none pass.
+        # A gradient may be zero everywhere because of a clamp.
         error = (ours[name] - want).norm() / want.norm().clamp(min=1e-9)
         assert error < tolerance, name
 
@@ -117,11 +117,11 @@ def test_every_form(locality, clamp, strip_numbers):
     [
         ('qkvo', 1e-5),
         ('qkvo', 3e3),
-        ('k', 1e-5),  # sums that are clamped, under a numerator that is not
+        ('k', 1e-5),  # only the sums are clamped
     ],
 )
 def test_active_clamps(names, scale, strip_numbers):
-    """Inputs for which the clamps cut something off."""
+    """Results are equal for inputs that are clamped."""
     block = build_block()
     layers = dict(
         q=block.attn.q_proj,
@@ -143,10 +143,10 @@ def test_active_clamps(names, scale, strip_numbers):
 
 
 def test_gradcheck(strip_numbers):
-    """Against differences, without the clamps, whose gradient is no slope."""
+    """Gradients match finite differences, without the clamps."""
     block = build_block(clamp=False)
     with torch.no_grad():
-        # Away from the kinks of the ReLUs.
+        # Avoid inputs close to 0, where the ReLU is not differentiable.
         block.attn.q_proj.bias += 3
         block.attn.k_proj.bias += 3
     names, tensors = zip(*block.named_parameters())
@@ -164,7 +164,7 @@ def test_gradcheck(strip_numbers):
 
 
 def test_poisoned_buffers(strip_numbers):
-    """Nothing is read from memory that was not written."""
+    """Uninitialised memory is not read."""
     block = build_block()
     x = torch.randn(2, 35, 16, dtype=torch.float64)
     cotangent = torch.randn_like(x)
@@ -179,10 +179,10 @@ def test_poisoned_buffers(strip_numbers):
 
 
 def test_not_worse_than_layers_in_float32(strip_numbers):
-    """Errors against float64 at most twice those of the layers, by name.
+    """Float32 errors are at most twice those of the layers.
 
-    Root of the mean square over several draws: now and then a token of next
-    to no weight makes either of them ten times worse.
+    The root mean square over several draws is compared, because a token with
+    a very small sum of weights can increase either error by a factor of ten.
     """
     errors = defaultdict(list)
     for _ in range(8):
@@ -212,7 +212,7 @@ def test_stochastic_depth_draws_the_same(strip_numbers):
         results.append(run(candidate, x, (7, 5), cotangent))
     assert_same(*results, 1e-9)
     dropped = (results[0]['output'] == x).all(dim=2).all(dim=1)
-    assert 0 < dropped.sum() < 8  # of both kinds
+    assert 0 < dropped.sum() < 8  # some samples are dropped and some are not
 
 
 def test_frozen_layers_get_no_gradient(strip_numbers):
@@ -225,7 +225,7 @@ def test_frozen_layers_get_no_gradient(strip_numbers):
 
 
 def test_saves_less_than_half(monkeypatch):
-    """For the backward pass; of what is saved layer by layer."""
+    """Strips save less than half of the memory for the backward pass."""
     monkeypatch.setattr(common, 'STRIP_NUMBERS', 64 * 16 * 4)
     block = build_block(torch.float32)
     x = torch.randn(1, 16 * 16, 16)
@@ -250,7 +250,7 @@ def test_saves_less_than_half(monkeypatch):
 
 @pytest.mark.parametrize('grad', [True, False])
 def test_input_is_left_as_it_was(grad, strip_numbers):
-    """The MLP writes over its input, but that is not the block's."""
+    """The input of a block is not modified."""
     block = build_block().eval()
     x = torch.randn(2, 35, 16, dtype=torch.float64)
     before = x.clone()
@@ -306,17 +306,17 @@ def test_what_goes_layer_by_layer(monkeypatch):
     assert not runs_in_strips(dropout.train(), x)
     assert runs_in_strips(dropout.eval(), x)
     assert not runs_in_strips(build_block(torch.bfloat16), x.bfloat16())
-    assert not runs_in_strips(build_block(), x.float())  # of two types
+    assert not runs_in_strips(build_block(), x.float())  # different dtypes
     with torch.autocast('cpu', torch.bfloat16):
         assert not runs_in_strips(build_block(), x)
-    # as many numbers as in the hidden layers of two images
+    # number of elements in the hidden layers of two images
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 2 * 35 * 64)
     assert not runs_in_strips(build_block(), x)
     assert runs_in_strips(build_block(), torch.cat([x, x[:1]]))
 
 
 def test_cut_covers_everything_once(strip_numbers):
-    """Also the rows that the windows of neighbouring strips cover."""
+    """Each row is computed once, also where windows overlap."""
     for batch, height, width in [(3, 7, 5), (2, 1, 6), (5, 2, 2), (1, 9, 1)]:
         counts = torch.zeros(batch, height)
         covered = torch.zeros(batch, height)
@@ -333,7 +333,7 @@ def test_cut_covers_everything_once(strip_numbers):
                 seen, rows, padding = window.push(strip, rows)
                 covered[images, rows] += 1
                 wanted = torch.arange(rows.start, rows.stop + 2.0)
-                wanted[wanted == height + 1] = 0  # below the image, and above
+                wanted[wanted == height + 1] = 0  # rows outside the image
                 if padding:
                     wanted = wanted[1:-1]
                 assert torch.equal(seen[0, :, 0, 0], wanted)
@@ -341,7 +341,7 @@ def test_cut_covers_everything_once(strip_numbers):
 
 
 def test_half_of_a_batch_is_the_same():
-    """The cut differs with the batch, and no image sees another."""
+    """Results do not depend on the other images of the batch."""
     block = build_block().eval()
     x = torch.randn(4, 35, 16, dtype=torch.float64)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The Triton kernels of vicinity attention against the plain forms.
+"""Compare the Triton kernels of attention with the reference implementation.
 
-On a GPU where there is one, else in Triton's interpreter, in a process of its
-own (see :func:`test_interpreted`).
+The kernels run on a GPU if there is one, and otherwise in Triton's interpreter
+in a separate process (see :func:`test_interpreted`).
 """
 
 import sys
@@ -24,8 +24,8 @@ from triton_testing import (
 sys.path.append(str(ROOT / 'tests' / 'test_models'))
 from test_golden import CASES, TOLERANCE, run_attention  # noqa: E402
 
-# h, w of queries and keys: square, wide, one row, one column, one token, keys
-# on a grid of their own; none fills a tile of 16, 32 or 64 tokens.
+# Query and key grids (h, w): square, wide, one row, one column, one token, and
+# a different key grid. No grid fills a tile of 16, 32 or 64 tokens.
 GRIDS = [
     ((7, 7), None),
     ((5, 14), None),
@@ -47,7 +47,7 @@ def make_inputs(
     dtype=torch.float32,
     scale=1.0,
 ):
-    """q, k, v as a model's heads are: views of ``(B, N, heads, d)``."""
+    """Create q, k and v as in a model: views of ``(B, N, heads, d)``."""
     n = query_shape[0] * query_shape[1]
     m = n if key_shape is None else key_shape[0] * key_shape[1]
     return [
@@ -60,7 +60,7 @@ def make_inputs(
 
 
 def run(inputs, shape, backend, dtype=None, cotangent=None, **kwargs):
-    """Output and gradients by name, in a dtype of choice."""
+    """Return the output and the gradients by name, in a given dtype."""
     inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     out = attend(*inputs, shape, backend=backend, **kwargs)
     if cotangent is None:
@@ -71,7 +71,7 @@ def run(inputs, shape, backend, dtype=None, cotangent=None, **kwargs):
 
 
 def compare(inputs, shape, tolerance=1e-5, **kwargs):
-    """The kernels in float32 against the plain formula in float64."""
+    """Compare float32 kernels with the float64 reference."""
     ours = run(inputs, shape, 'triton', **kwargs)
     wants = run(inputs, shape, 'reference', torch.float64, **kwargs)
     for name, want in wants.items():
@@ -90,7 +90,7 @@ def test_interpreted():
 def test_grids(query_shape, key_shape, clamp):
     batch = 2 if key_shape else 1
     inputs = make_inputs(query_shape, key_shape, batch, heads=2)
-    # Of one token the gradient of q is eps times what cancels: eps is large.
+    # For one token, the gradient of q is proportional to eps, so eps is large.
     compare(inputs, query_shape, key_shape=key_shape, clamp=clamp, eps=1.0)
 
 
@@ -118,7 +118,7 @@ def test_where_clamps_bite(scale):
 
 @needs_kernels
 def test_each_clamp():
-    """Inputs at which one of the four clamps after the other decides."""
+    """Results are equal where each of the four clamps is active."""
     for values, eps in (
         ((1e-3, 100.0, 100.0), 1e-4),
         ((1e-9, 1.0, 1.0), 1e-5),
@@ -137,14 +137,14 @@ def test_each_clamp():
 
 @needs_kernels
 def test_more_chunks_than_one():
-    """Sums of several chunks, the last one shorter; one head, one image."""
+    """Sums over several chunks are correct; the last chunk is shorter."""
     compare(make_inputs((11, 15), batch=1, heads=1), (11, 15))
     compare(make_inputs((11, 15), batch=1, heads=1), (11, 15), clamp=False)
 
 
 @needs_kernels
 def test_normaliser_has_a_gradient():
-    """Values that are all the same leave the normaliser's gradient alone."""
+    """The gradient of the normaliser is correct for equal values."""
     q, k, v = make_inputs((4, 6), batch=1)
     inputs = q, k, torch.ones_like(v)
     shape = dict(clamp=False, eps=1.0, cotangent=torch.ones(q.shape))
@@ -154,7 +154,7 @@ def test_normaliser_has_a_gradient():
 
 @needs_kernels
 def test_any_strides():
-    """Gaps between numbers, tokens and heads, and a gradient of stride 0."""
+    """Inputs with arbitrary strides and a gradient with stride 0 work."""
 
     def gaps():
         wide = torch.randn(2, 3, 2 * 35, 10, device=DEVICE)
@@ -169,7 +169,7 @@ def test_any_strides():
 
 @needs_kernels
 def test_one_projection_for_q_k_v():
-    """Slices of one tensor, as one wide Linear gives them."""
+    """q, k and v may be views of one tensor."""
     wide = torch.randn(2, 35, 3 * 3 * 8, device=DEVICE)
     inputs = wide.unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4).unbind()
     compare(inputs, (5, 7))
@@ -208,9 +208,9 @@ def test_inference_then_training():
 @pytest.mark.parametrize('dtype', HALF)
 @pytest.mark.parametrize('locality', LOCALITIES)
 def test_low_precision(dtype, locality):
-    """Errors at most twice those of plain PyTorch in the same dtype."""
+    """Errors are at most twice those of PyTorch in the same dtype."""
     inputs = make_inputs((8, 12), batch=1, heads=2, d=24, dtype=dtype)
-    inputs[2] = inputs[2].abs() + 0.5  # where no rounding flips a clamp
+    inputs[2] = inputs[2].abs() + 0.5  # keep values away from the clamps
     kwargs = dict(locality=locality)
     exact = run(inputs, (8, 12), 'reference', torch.float64, **kwargs)
     ours = run(inputs, (8, 12), 'triton', **kwargs)
@@ -223,7 +223,8 @@ def test_low_precision(dtype, locality):
         assert ours[name].dtype == dtype
         error = relative_error(ours[name].cpu(), want.cpu())
         allowed = relative_error(theirs.cpu(), want.cpu())
-        print(f'{name}: {error:.1e}, plain {allowed:.1e}')  # pytest -rP
+        # shown by pytest -rP
+        print(f'{name}: {error:.1e}, plain {allowed:.1e}')
         assert error <= 2 * allowed, name
 
 
@@ -231,7 +232,7 @@ def test_low_precision(dtype, locality):
 @pytest.mark.parametrize('clamp', [True, False])
 @pytest.mark.parametrize('dtype', HALF)
 def test_no_overflow(dtype, clamp):
-    # Key-value sums of 2e7: 65 504 is the largest float16.
+    # The key-value sums are 2e7, the maximum of float16 is 65504.
     q, k, v = (
         torch.full((1, 1, 256, 16), value, dtype=dtype, device=DEVICE)
         for value in (300.0, 300.0, 300.0)
@@ -245,7 +246,7 @@ def test_no_overflow(dtype, clamp):
     )
     for name, t in ours.items():
         assert t.isfinite().all(), name
-    if not clamp:  # all values are the same, and so is their mean
+    if not clamp:  # the mean of equal values
         torch.testing.assert_close(ours['output'], v, rtol=1e-2, atol=0)
 
 
@@ -291,15 +292,15 @@ def test_compiles_in_one_graph(dynamic):
 def test_what_the_kernels_refuse():
     for change, reason in (
         (dict(dtype=torch.float64), 'q is torch.float64'),
-        (dict(d=129), 'up to 128 channels, q has 129'),
-        (dict(batch=0), 'q is empty'),
+        (dict(d=129), 'at most 128 channels per head, q has 129'),
+        (dict(batch=0), 'empty tensors: q'),
     ):
         inputs = make_inputs((2, 2), **change)
         with pytest.raises(RuntimeError, match=reason):
             attend(*inputs, (2, 2), backend='triton')
         attend(*inputs, (2, 2))
     q, k, v = make_inputs((2, 2))
-    with pytest.raises(RuntimeError, match='of one type'):
+    with pytest.raises(RuntimeError, match='of the same dtype'):
         attend(q, k.half(), v, (2, 2), backend='triton')
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for a GPU, on a machine without one."""
+"""All Triton kernels can be compiled for GPUs without a GPU."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ TYPES = {
     torch.bfloat16: '*bf16',
     torch.float16: '*fp16',
 }
-# Bytes of shared memory that a program may have on consumer cards.
+# Maximum shared memory of a program on consumer GPUs, in bytes
 SHARED_MEMORY = 99 * 1024
 
 
 class Compiler:
-    """Replaces a kernel: compiles what it is called with, runs nothing."""
+    """Replacement for a kernel that compiles each call without running it."""
 
     def __init__(self, kernel, compiled):
         self.kernel = kernel
@@ -62,7 +62,7 @@ class Compiler:
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """What the kernels were compiled to, by their names."""
+    """Compiled kernels by name."""
     from mmvvt.ops.triton_kernels import attention, common, dwconv_gelu
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))

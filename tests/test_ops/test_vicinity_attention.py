@@ -1,4 +1,4 @@
-"""The linear forms against the quadratic oracle, in outputs and gradients."""
+"""Compare the linear forms with the quadratic reference."""
 
 import sys
 import threading
@@ -11,8 +11,8 @@ from mmvvt.ops import vicinity_attention as attend
 
 from conftest import relative_error, run_tool
 
-# h, w of queries and keys: square, wide, one row, one column, one token,
-# keys on a grid of their own
+# Query and key grids (h, w): square, wide, one row, one column, one token, and
+# a different key grid
 GRIDS = [
     ((7, 7), None),
     ((5, 13), None),
@@ -42,7 +42,7 @@ def oracle(q, k, v, query_shape, key_shape, locality):
 
 @pytest.fixture(params=['rows and columns', 'one wide product'])
 def both_forms(request, monkeypatch):
-    """The sum form as on a large grid, and as on a small one."""
+    """Run a test with the forms for large and for small grids."""
     if request.param == 'rows and columns':
         monkeypatch.setattr(linear, 'WIDE_TOKENS', 0)
 
@@ -74,13 +74,13 @@ def test_linear_equals_quadratic(query_shape, key_shape, locality):
 
 @pytest.mark.parametrize('locality', LOCALITIES)
 def test_oracle_by_hand(locality):
-    """The definition for one pair of tokens, written out."""
+    """The reference equals the definition for two tokens."""
     import math
 
     q = torch.tensor([[[[2.0], [3.0]]]], dtype=torch.float64)
     k = torch.tensor([[[[5.0], [7.0]]]], dtype=torch.float64)
     v = torch.tensor([[[[1.0], [-1.0]]]], dtype=torch.float64)
-    # a grid of 2 x 1: rows at 0 and pi / 4, columns at 0
+    # a grid of 2 x 1: row angles 0 and pi / 4, column angle 0
     far = {
         'sum': math.cos(math.pi / 4) + 1,
         'product': math.cos(math.pi / 4),
@@ -93,7 +93,7 @@ def test_oracle_by_hand(locality):
     out = attend(
         q, k, v, (2, 1), locality=locality, clamp=False, backend='reference'
     )
-    # the angles are float32 numbers
+    # the angles are computed in float32
     torch.testing.assert_close(
         out.flatten(),
         torch.tensor(expected, dtype=torch.float64),
@@ -106,7 +106,7 @@ def test_oracle_by_hand(locality):
 @pytest.mark.parametrize('locality', LOCALITIES)
 @pytest.mark.parametrize('scale', [0.1, 1.0, 1e2])
 def test_clamped_forms_agree(locality, scale):
-    """Where clamps bite: small and large values."""
+    """Results are equal for small and large values that are clamped."""
     q, k, v = make_inputs((6, 9), (3, 4), scale=scale)
     results = {}
     for backend in ('reference', 'torch'):
@@ -129,7 +129,7 @@ def test_clamped_forms_agree(locality, scale):
 
 @pytest.mark.usefixtures('both_forms')
 def test_normaliser_has_a_gradient():
-    """Values that are all the same leave the normaliser's gradient alone."""
+    """The gradient of the normaliser is correct for equal values."""
     q, k, _ = make_inputs((4, 6), None)
     v = torch.ones_like(k)
     out = attend(q, k, v, (4, 6), clamp=False, eps=1.0, backend='torch')
@@ -149,7 +149,7 @@ def test_gradcheck(locality):
     q, k, v = make_inputs((2, 3), None, heads=1, d=2, batch=1)
 
     def f(q, k, v):
-        # Away from the kink of the ReLU.
+        # Avoid inputs close to 0, where the ReLU is not differentiable.
         return attend(
             q.abs() + 0.1,
             k.abs() + 0.1,
@@ -178,7 +178,7 @@ def test_gradients_have_gradients(locality, key_shape):
             locality=locality,
             backend=backend,
         )
-        # of q and v alone: k's is not asked for
+        # without the gradient of k
         grads = torch.autograd.grad(out.sin().sum(), (q, v), create_graph=True)
         again = torch.autograd.grad(
             sum(g.square().sum() for g in grads), (q, k, v)
@@ -261,7 +261,7 @@ def test_backward_inside_autocast():
 )
 @pytest.mark.parametrize('locality', LOCALITIES)
 def test_low_precision(dtype, locality):
-    """Not worse than twice the plain formula in the same dtype."""
+    """Errors are at most twice those of the reference in the same dtype."""
     q, k, v = (t.detach().to(dtype) for t in make_inputs((16, 20), None))
     exact = reference.linear_attention(
         q.double(), k.double(), v.double(), (16, 20), (16, 20), locality, 1e-4
@@ -278,7 +278,7 @@ def test_low_precision(dtype, locality):
 @pytest.mark.parametrize('clamp', [True, False])
 def test_no_overflow_at_a_million_tokens(dtype, clamp):
     shape = (1, 1, 1024 * 1024, 4)
-    # Sums of keys of 1e8: 65 504 is the largest float16.
+    # The sums of keys are 1e8, the maximum of float16 is 65504.
     q, k = (torch.full(shape, 100.0, dtype=dtype) for _ in range(2))
     v = torch.randn(shape).to(dtype)
     out = attend(q, k, v, (1024, 1024), clamp=clamp, backend='torch')
@@ -322,10 +322,10 @@ def test_tables_are_built_once(monkeypatch):
         attend(q, k, v, (4, 5), backend='torch').sum().backward()
     assert len(built) == of_a_call
     attend(q.float(), k.float(), v.float(), (4, 5), backend='torch')
-    assert len(built) == 2 * of_a_call  # another dtype
+    assert len(built) == 2 * of_a_call  # different dtype
     q, k, v = make_inputs((5, 4), None)
     attend(q, k, v, (5, 4), backend='torch')
-    assert len(built) == 3 * of_a_call  # another grid
+    assert len(built) == 3 * of_a_call  # different grid
 
 
 def test_table_cache_is_bounded(monkeypatch):
@@ -337,7 +337,7 @@ def test_table_cache_is_bounded(monkeypatch):
 
 
 def test_table_cache_serves_many_threads(monkeypatch):
-    """Look-ups of one thread while others evict what it found."""
+    """Threads can use the cache while others remove its entries."""
     monkeypatch.setattr(angles, '_cache', type(angles._cache)())
     monkeypatch.setattr(angles, 'MAX_CACHED_TABLES', 2)
     errors = []
@@ -376,7 +376,7 @@ def test_tables_made_in_inference_mode_serve_training(monkeypatch):
             attend(q, k, v, (3, 5), locality=locality, backend='torch')
         out = attend(q, k, v, (3, 5), locality=locality, backend='torch')
         out.sum().backward()
-        # Differentiated twice, the tables themselves are kept.
+        # Double backward saves the tables for the backward pass.
         out = attend(q, k, v, (3, 5), locality=locality, backend='torch')
         (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
         grad.sum().backward()
@@ -412,7 +412,7 @@ def test_compiles_in_one_graph(locality):
 
 @pytest.mark.parametrize('skipped', range(4))
 def test_each_clamp_of_the_op_matters(skipped, monkeypatch):
-    """Leave out one clamp and values of another magnitude come out."""
+    """Without any one of the clamps, the output changes."""
     n = 64
     inputs = {
         # key-value sums above 1e4
@@ -421,13 +421,13 @@ def test_each_clamp_of_the_op_matters(skipped, monkeypatch):
             torch.full((1, 1, n, 2), 100.0),
             torch.full((1, 1, n, 2), 100.0),
         ),
-        # next to no weight: the normaliser is 1 / eps, here 1e5
+        # sum of weights close to 0: the normaliser is 1 / eps = 1e5
         1: (
             torch.full((1, 1, n, 2), 1e-9),
             torch.ones(1, 1, n, 2),
             torch.ones(1, 1, n, 2),
         ),
-        # numerator above 1e4, key-value sums below
+        # numerator above 1e4, key-value sums below 1e4
         2: (
             torch.full((1, 1, n, 2), 100.0),
             torch.ones(1, 1, n, 2),
@@ -502,8 +502,8 @@ def test_backend_module_is_the_one_that_runs(monkeypatch):
             r'q must be \(B, heads, tokens, d\), got '
             r'shape \(6, 4\)',
         ),
-        (dict(v=torch.zeros(1, 2, 6, 5)), 'k and v must have one shape'),
-        (dict(q=torch.zeros(1, 2, 6, 5)), 'must agree'),
+        (dict(v=torch.zeros(1, 2, 6, 5)), 'k and v must have the same shape'),
+        (dict(q=torch.zeros(1, 2, 6, 5)), 'must have the same B, heads and d'),
         (
             dict(v=torch.zeros(1, 2, 6, 4).long()),
             'v must be floating point, got torch.int64',

@@ -1,4 +1,4 @@
-"""Where the Triton tests run, and the start of their interpreter."""
+"""Device of the Triton tests, and the start of Triton's interpreter."""
 
 import os
 
@@ -10,8 +10,8 @@ from conftest import ROOT, run_tool
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cuda' if torch.cuda.is_available() and not INTERPRETED else 'cpu'
 
-# Triton reads TRITON_INTERPRET when it is imported, once for a whole process:
-# without a GPU these tests run in a process of their own.
+# Triton reads TRITON_INTERPRET only once, when it is imported. Without a GPU,
+# these tests therefore run in a separate process.
 needs_kernels = pytest.mark.skipif(
     DEVICE == 'cpu' and not INTERPRETED,
     reason='runs in a process with TRITON_INTERPRET=1, see test_interpreted',
@@ -30,14 +30,14 @@ if INTERPRETED:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    # Triton 3.6 readies its language anew whenever one function of a kernel
-    # calls another, on top of what is there: 30 times as slow as once.
+    # Triton 3.6 patches its language again for each call between functions of
+    # a kernel, which is 30 times as slow as patching it once.
     if hasattr(interpreter.InterpretedFunction, 'rewrite'):
         interpreter.InterpretedFunction.__call__ = _call
 
 
 def run_interpreted(name):
-    """Run a test file in Triton's interpreter, on the CPU."""
+    """Run a test file in Triton's interpreter on the CPU."""
     pytest.importorskip('triton')
     done = run_tool(
         '-m',
@@ -55,7 +55,7 @@ def run_interpreted(name):
 
 
 def poison(monkeypatch):
-    """Fill what PyTorch leaves uninitialised with NaN."""
+    """Fill uninitialised tensors with NaN."""
     for owner, name in (
         (torch, 'empty'),
         (torch, 'empty_like'),

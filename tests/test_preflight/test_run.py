@@ -128,6 +128,18 @@ def test_head_and_dataset_have_different_classes(images, number):
     ) in found
 
 
+def test_a_classifier_is_tested_on_some_of_its_classes(images):
+    weights = images / 'weights.pth'
+
+    def test(num_classes):
+        cfg = classifier(images, num_classes)
+        torch.save(build_model(read_config(cfg)).state_dict(), weights)
+        return problems(cfg, weights)
+
+    assert test(5) == []
+    assert 'has label 2, but model.head.num_classes is 2' in test(2)[0]
+
+
 @pytest.mark.parametrize('labels', [(0, 5), (-1, 1)])
 def test_labels_outside_the_head(images, labels):
     text = '\n'.join(

@@ -1,4 +1,4 @@
-"""tools/analysis_tools as a user runs them."""
+"""Tests of the command lines of tools/analysis_tools."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0, done.stdout
     lines = done.stdout.strip().splitlines()
     assert 'torch' in lines[0] and 'threads' in lines[0]
-    assert 'vvt-tiny and the plain formula differ by' in done.stdout
+    assert 'vvt-tiny and the reference implementation differ by' in done.stdout
     rows = read_csv(tmp_path / 'table.csv')
     assert [(r.batch, r.side, r.mode, r.model) for r in rows] == [
         (b, s, mode, model)

@@ -1,4 +1,4 @@
-"""tools/model_converters/official_to_mmvvt.py."""
+"""Tests of tools/model_converters/official_to_mmvvt.py."""
 
 import argparse
 
@@ -15,7 +15,7 @@ TOOL = 'tools/model_converters/official_to_mmvvt.py'
 
 @pytest.fixture(scope='module')
 def official(tmp_path_factory):
-    """A training file as the official code writes it, for the digits."""
+    """Training checkpoint as written by the official code."""
     shapes = official_shapes(resolve_arch('tiny'), num_classes=1000)
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('official') / 'checkpoint.pth'
@@ -47,7 +47,7 @@ def test_there_and_back_and_into_the_test_tool(official, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
-    # straight into tools/test.py, on images in a folder a class
+    # test the converted file with tools/test.py, with one folder per class
     import cv2
     import numpy as np
 
@@ -77,8 +77,8 @@ test_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False,
 @pytest.mark.parametrize(
     'arguments,message',
     [
-        (['--arch', 'small'], 'not of arch small'),
-        (['--reverse'], 'belongs to no VVT classifier'),
+        (['--arch', 'small'], 'do not match arch small'),
+        (['--reverse'], 'is not a key of a VVT classifier'),
     ],
 )
 def test_refusals_leave_nothing(official, tmp_path, arguments, message):
@@ -94,9 +94,9 @@ def test_truncated_absent_and_same(official, tmp_path):
     cut = tmp_path / 'cut.pth'
     cut.write_bytes(official.read_bytes()[:100000])
     for source, target, message in (
-        (cut, tmp_path / 'out.pth', 'truncated or no PyTorch checkpoint'),
+        (cut, tmp_path / 'out.pth', 'truncated or not a PyTorch checkpoint'),
         (tmp_path / 'no.pth', tmp_path / 'out.pth', 'no such checkpoint file'),
-        (cut, cut, 'SRC and DST are one file'),
+        (cut, cut, 'SRC and DST are the same file'),
     ):
         done = run_tool(TOOL, source, target)
         assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The detection demos through the command line, on a few scenes."""
+"""Tests of the detection demos on a few scenes."""
 
 import cv2
 import mmengine
@@ -14,7 +14,7 @@ pytest.importorskip('mmdet')
 decode = pytest.importorskip('pycocotools.mask').decode
 
 DEMOS = ROOT / 'configs' / 'demo'
-# With the option that lets an untrained one find something
+# Options with which an untrained detector finds objects
 DETECTORS = {
     'retinanet': 'model.test_cfg.score_thr=0.',
     'mask-rcnn': 'model.test_cfg.rcnn.score_thr=0.',
@@ -46,7 +46,7 @@ def roots(root):
 
 @pytest.fixture(scope='module', params=DETECTORS)
 def tested(request, tmp_path_factory):
-    """Two steps of training, and the predictions of a test."""
+    """Predictions of a detector after two training steps."""
     work_dir = tmp_path_factory.mktemp(request.param)
     root = work_dir / 'digit-scenes'
     write_digit_scenes(str(root), 4, 4)
@@ -82,7 +82,7 @@ def tested(request, tmp_path_factory):
 
 
 def test_predictions_and_truth(tested):
-    """Plain boxes, and masks as run lengths; the truth is that of the file."""
+    """Predictions have boxes and RLE masks; the ground truth is correct."""
     config, root, out = tested
     predictions = mmengine.load(out)
     assert len(predictions) == 4

@@ -1,4 +1,4 @@
-"""Detectors through tools/train.py and tools/test.py, as a user runs them."""
+"""Tests of tools/train.py and tools/test.py with detectors."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from conftest import ROOT, run_tool, write_coco
 
 pytest.importorskip('mmdet')
 
-# A recipe on a VVT of little depth, images of 100 x 160 and few regions
+# Config with a shallow VVT, images of 100 x 160 pixels and few proposals
 CONFIG = """
 _base_ = '{root}/configs/detection/{recipe}.py'
 model = dict(
@@ -67,7 +67,7 @@ def write_config(path, recipe, model, data):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Two images a split, one of them empty."""
+    """Dataset with two images per split, one of them empty."""
     from mmdet.datasets import CocoDataset
 
     root = tmp_path_factory.mktemp('data') / 'coco'
@@ -99,7 +99,7 @@ val_dataloader['dataset']['pipeline'] = [load, resize, objects, pack]
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, config):
-    """A work folder after an epoch of one step."""
+    """Work directory after one epoch with one step."""
     work_dir = tmp_path_factory.mktemp('trained')
     done = run_tool('tools/train.py', config, '--work-dir', work_dir)
     assert done.returncode == 0, done.stdout
@@ -138,7 +138,7 @@ def test_results_in_coco_format(trained, config, data, tmp_path):
             np.testing.assert_allclose(
                 [f['score'] for f in found], instances['scores'], rtol=1e-6
             )
-            # labels are places in the list of classes; ids have gaps
+            # Labels are indices of classes; category ids are not consecutive.
             assert [f['category_id'] for f in found] == [
                 2 * int(label) + 1 for label in instances['labels']
             ]
@@ -152,7 +152,7 @@ def test_results_in_coco_format(trained, config, data, tmp_path):
 
 
 def exit_line(monkeypatch, tool, *arguments):
-    """What a tool's main exits with, without a new process."""
+    """Return the exit message of a tool, without a new process."""
     monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
@@ -194,8 +194,9 @@ def test_bad_data_stops_both_tools(config, data, tmp_path, monkeypatch):
         f'test_dataloader.dataset.data_root={root}',
     )
     assert line.startswith(
-        f"error: test_dataloader (CocoDataset): {path} has no category 'car', "
-        "of 80 classes; it has 'person', 'bicycle', 'Car' and 77 more"
+        f'error: test_dataloader (CocoDataset): {path} is missing the '
+        "categories 'car' of 80 classes; it has 'person', 'bicycle', 'Car' "
+        'and 77 more'
     )
 
 
@@ -222,13 +223,13 @@ def test_training_step():
     )
     assert done.returncode == 0, done.stdout
     assert re.fullmatch(
-        r'1 x 65 x 96: [\d.]+ s a step \(median of 1\), peak [\d.]+ GiB',
+        r'1 x 65 x 96: [\d.]+ s per step \(median of 1\), peak [\d.]+ GiB',
         done.stdout.splitlines()[-1],
     )
 
 
 def losses(work_dir):
-    """Logged losses by name, of each step."""
+    """Return the logged losses by name for each step."""
     (log,) = Path(work_dir).glob('*/vis_data/scalars.json')
     records = [json.loads(line) for line in log.read_text().splitlines()]
     return [
@@ -239,11 +240,12 @@ def losses(work_dir):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """RetinaNet divides by the positives of a process's images: the same
-    number where images have the same boxes, as they have here.
+    """Two processes give the same losses and weights as one.
 
-    Their size needs no padding: at random weights, whose biases are zero, a
-    LayerNorm's gradient at padding is 1 / sqrt(eps), and rounding shows.
+    RetinaNet divides the loss by the number of positive samples in a process.
+    All images have the same boxes, so this number is the same. The image size
+    needs no padding: with random weights, the biases are zero, and the
+    LayerNorms amplify rounding errors in padding by 1 / sqrt(eps).
     """
     from mmdet.datasets import CocoDataset
 
@@ -296,7 +298,7 @@ randomness = dict(seed=3)
         assert set(a) == {'loss', 'loss_cls', 'loss_bbox'}
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
-    # two steps of SGD: the weights tell of the gradients
+    # After two steps of SGD, equal weights imply equal gradients.
     one, two = (
         torch.load(tmp_path / name / 'epoch_1.pth')['state_dict']
         for name in ('one', 'two')

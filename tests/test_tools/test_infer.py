@@ -1,4 +1,4 @@
-"""tools/infer.py as a user runs it, once for each task."""
+"""Tests of tools/infer.py for each task."""
 
 import json
 import os
@@ -22,7 +22,7 @@ DEMOS = ROOT / 'configs' / 'demo'
 DIGITS = DEMOS / 'vvt-nano_digits.py'
 SCENES = DEMOS / 'vvt-nano_fpn_digit-scenes.py'
 FASHION = ROOT / 'configs/classification/vvt-nano_1xb128_fashion-mnist.py'
-# The smallest Mask R-CNN there can be; only to be tested.
+# Small Mask R-CNN for inference only
 MASK_RCNN = """
 model = dict(
     type='MaskRCNN',
@@ -78,7 +78,7 @@ default_scope = 'mmdet'
 
 
 def save_checkpoint(config, path, change=None, **meta):
-    """Random weights of a config's model, as the runner saves them."""
+    """Save random weights of the model as the runner does."""
     cfg = Config.fromfile(config)
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -90,7 +90,7 @@ def save_checkpoint(config, path, change=None, **meta):
 
 
 def prefer(label):
-    """Make a classifier say one class of everything."""
+    """Make a classifier predict the same class for all images."""
 
     def change(model):
         model.head.fc.bias.data[label] = 3.0
@@ -100,7 +100,7 @@ def prefer(label):
 
 @pytest.fixture(scope='module')
 def photograph():
-    """Part of a photograph, ``(90, 120, 3)``, BGR."""
+    """Part of a photograph ``(90, 120, 3)``, BGR."""
     from sklearn.datasets import load_sample_image
 
     return load_sample_image('china.jpg')[100:280:2, 100:340:2, ::-1].copy()
@@ -108,7 +108,7 @@ def photograph():
 
 @pytest.fixture
 def folder(tmp_path, photograph):
-    """Images of one name, another kind of file, and one that is cut short."""
+    """Folder with images of equal names, a text and a truncated file."""
     root = tmp_path / 'images'
     (root / 'a').mkdir(parents=True)
     cv2.imwrite(str(root / 'photo.png'), photograph)
@@ -131,7 +131,7 @@ def infer(*arguments):
 
 
 def infer_here(monkeypatch, *arguments):
-    """Exit code of the tool's main, without a new process."""
+    """Return the exit code of the tool, without a new process."""
     monkeypatch.setattr(sys, 'argv', ['infer.py', *map(str, arguments)])
     try:
         runpy.run_path(str(ROOT / 'tools' / 'infer.py'), run_name='__main__')
@@ -140,13 +140,13 @@ def infer_here(monkeypatch, *arguments):
 
 
 def read_results(out, done, folder):
-    """Results by file of the folder above, after what all tasks share."""
+    """Check what all tasks have in common; return the results by file."""
     assert done.returncode == 1, done.stdout
     lines = done.stdout.splitlines()
     reason = 'cannot be read as an image'
     assert f'skipped {folder}/cut.png: {reason}' in lines
     assert f'3 of 4 images: {out}/results.json' in lines
-    assert lines[-1] == 'error: 1 of 4 images had to be skipped'
+    assert lines[-1] == 'error: 1 of 4 images were skipped'
     assert 'Warning' not in done.stdout and 'WARNING' not in done.stdout
 
     results = json.loads((out / 'results.json').read_text())
@@ -162,7 +162,7 @@ def read_results(out, done, folder):
         assert entry['picture'] == f'pictures/{file}.png'
         count = len(entry['labels'])
         assert len(entry['classes']) == count
-    assert len(list((out / 'pictures').rglob('*'))) == 4  # one is a folder
+    assert len(list((out / 'pictures').rglob('*'))) == 4  # includes one folder
     return results, images
 
 
@@ -244,12 +244,12 @@ def test_segmentation(folder, photograph, tmp_path, monkeypatch, capsys):
         infer_here(
             monkeypatch, folder / 'a', SCENES, checkpoint, '--out-dir', out
         )
-        == 'error: 1 of 2 images had to be skipped'
+        == 'error: 1 of 2 images were skipped'
     )
     assert capsys.readouterr().err.strip() == (
-        f'skipped {small}: the image must be 32 x 32 pixels or more, got '
+        f'skipped {small}: the image must be at least 32 x 32 pixels, got '
         '25 x 96'
-    )  # 31 x 120 after the config's Resize
+    )  # 31 x 120 after Resize
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def test_detection(folder, detector, tmp_path, monkeypatch, capsys):
             factor * image.shape[1],
         )
 
-    # Nothing is sure enough: the picture is the image.
+    # Without detections, the picture equals the image.
     file = folder / 'photo.png'
     assert (
         infer_here(
@@ -316,7 +316,7 @@ def test_detection(folder, detector, tmp_path, monkeypatch, capsys):
     picture = cv2.imread(str(out / entry['picture']))
     assert (picture[3::6, 3::6] == cv2.imread(str(file))).all()
 
-    # A model without masks.
+    # Test a model without masks.
     assert (
         infer_here(
             monkeypatch,
@@ -340,7 +340,7 @@ def test_detection(folder, detector, tmp_path, monkeypatch, capsys):
 def test_kinds_of_png(
     tmp_path, photograph, digits_checkpoint, monkeypatch, capsys
 ):
-    """Grey, with transparency, 16 bits, palette: all one picture."""
+    """Grey, RGBA, 16-bit and palette PNG give the same result."""
     from PIL import Image
 
     grey = photograph[..., 0]
@@ -406,8 +406,7 @@ def test_a_network_of_one_channel(folder, tmp_path, monkeypatch, capsys):
 def test_names_of_classes(
     meta, expected, folder, tmp_path, monkeypatch, capsys
 ):
-    """Those of the checkpoint, else of the data set: converted files have
-    none."""
+    """Class names are read from the checkpoint, else from the dataset."""
     config = tmp_path / 'config.py'
     config.write_text(
         f"_base_ = '{DIGITS}'\n"
@@ -449,14 +448,14 @@ def test_scores_that_are_not_finite(folder, tmp_path, monkeypatch, capsys):
             '--out-dir',
             tmp_path / 'out',
         )
-        == 'error: 1 of 1 images had to be skipped'
+        == 'error: 1 of 1 images were skipped'
     )
     assert (
         f'skipped {file}: the scores are not finite' in capsys.readouterr().err
     )
 
 
-# -- bad input: one line ------------------------------------------------------
+# -- invalid input is reported in one line ------------------------------------
 
 
 def test_bad_arguments(folder, digits_checkpoint, tmp_path, monkeypatch):
@@ -485,7 +484,8 @@ def test_bad_arguments(folder, digits_checkpoint, tmp_path, monkeypatch):
         '.png, .ppm, .tif, .tiff, .webp'
     )
     assert message(out=folder) == (
-        f'error: --out-dir {folder} holds the images: give a folder of its own'
+        f'error: --out-dir {folder} contains the input images; use a '
+        'different folder'
     )
     assert message(
         folder, DIGITS, digits_checkpoint, out, '--device', 'abacus'
@@ -503,13 +503,13 @@ def test_bad_arguments(folder, digits_checkpoint, tmp_path, monkeypatch):
         'model.head.num_classes=5',
         'data_preprocessor.num_classes=5',
     ).startswith(
-        f'error: the checkpoint {digits_checkpoint} is of another '
-        'architecture than the model'
+        f'error: the checkpoint {digits_checkpoint} does not match the '
+        'architecture of the model'
     )
     cut = tmp_path / 'cut.pth'
     cut.write_bytes(digits_checkpoint.read_bytes()[:9999])
     assert message(checkpoint=cut).startswith(
-        f'error: {cut} is truncated or no PyTorch checkpoint'
+        f'error: {cut} is truncated or not a PyTorch checkpoint'
     )
     for text in ("default_scope = 'mmengine'", "default_scope = 'mmdet'"):
         (tmp_path / 'config.py').write_text(text)
@@ -537,7 +537,7 @@ def test_what_is_found(folder):
     assert os.path.join(root, files[0]) == str(folder / 'notes.txt')
 
 
-# -- the same in Python -------------------------------------------------------
+# -- Python API ---------------------------------------------------------------
 
 
 def test_predictor(folder, digits_checkpoint):

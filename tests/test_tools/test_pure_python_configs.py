@@ -1,4 +1,4 @@
-"""Configs whose types are classes, without a default scope, in all tools."""
+"""All tools accept pure Python configs without a default scope."""
 
 import json
 
@@ -10,7 +10,7 @@ from mmvvt.datasets import write_digit_scenes
 from conftest import ROOT, photograph, run_tool
 
 DEMOS = ROOT / 'configs' / 'demo'
-# Trains, tests and predicts in one process.
+# Train, test and predict in one process.
 SCRIPT = """
 import runpy, sys
 

@@ -1,4 +1,4 @@
-"""Segmentors through tools/train.py and tools/test.py, as a user runs them."""
+"""Tests of tools/train.py and tools/test.py with segmentors."""
 
 import shutil
 
@@ -47,7 +47,7 @@ def scenes_root(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, scenes_root):
-    """A work folder after two steps."""
+    """Work directory after two steps."""
     work_dir = tmp_path_factory.mktemp('trained')
     done = run_tool(
         'tools/train.py',
@@ -142,7 +142,7 @@ def test_pretrained_file_is_absent(scenes_root, tmp_path):
         f'model.backbone.init_cfg.checkpoint={path}',
     )
     assert last_line(done) == (
-        f'error: no such pretrained checkpoint: {path}; put it there, or '
+        f'error: no such pretrained checkpoint: {path}; download it, or '
         'start from random weights with --cfg-options '
         'model.backbone.init_cfg=None'
     )
@@ -162,10 +162,10 @@ def test_pretrained_backbone_of_another_architecture(
         f'model.backbone.init_cfg.checkpoint={trained / "iter_2.pth"}',
         'model.backbone.arch.depths=[1,1,3,1]',
     )
-    assert 'is of another architecture than the model: 20 of' in last_line(
+    assert 'does not match the architecture of the model: 20 of' in last_line(
         done
     ), done.stdout
-    assert 'there is no block3.2.norm1.weight' in last_line(done)
+    assert 'block3.2.norm1.weight is missing' in last_line(done)
 
 
 def test_checkpoint_of_another_architecture(scenes_root, trained, tmp_path):
@@ -185,10 +185,10 @@ def test_checkpoint_of_another_architecture(scenes_root, trained, tmp_path):
     line = last_line(done)
     assert line.startswith(
         f'error: the checkpoint {tmp_path / "other.pth"} '
-        'is of another architecture'
+        'does not match the architecture'
     )
     assert line.endswith(
-        f'{key} has shape (96, 3, 7, 7), the model wants (32, 3, 7, 7)'
+        f'{key} has shape (96, 3, 7, 7), the model requires (32, 3, 7, 7)'
     )
 
 
@@ -215,7 +215,7 @@ def test_annotations_are_absent(tmp_path):
 
 @pytest.fixture
 def bad_scenes(scenes_root, tmp_path):
-    """Scenes with a label value that is no class."""
+    """Scenes with an invalid label value."""
     root = tmp_path / 'scenes'
     shutil.copytree(scenes_root, root)
     for path in (root / 'annotations').rglob('*.png'):
@@ -245,7 +245,7 @@ def test_label_value_outside_the_classes(bad_scenes, tmp_path):
             f'{bad_scenes / "annotations" / split / "0000"}'
         )
         assert (
-            'has label values [77] outside the classes: allowed are 0 to 10 '
+            'has label values [77] that are out of range: allowed are 0 to 10 '
             'and 255 (ignored)' in line
         )
     assert 'Traceback' not in done.stdout
@@ -253,7 +253,7 @@ def test_label_value_outside_the_classes(bad_scenes, tmp_path):
 
 def test_label_value_outside_the_classes_with_tta(bad_scenes, trained):
     done = run_test(trained, bad_scenes, '--tta')
-    assert 'label values [77] outside the classes' in last_line(done)
+    assert 'label values [77] that are out of range' in last_line(done)
     assert 'Traceback' not in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The tools that mmpretrain ships run on our configs."""
+"""The tools of mmpretrain support the configs of this project."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     'config', [DEMO, CONFIGS[0], CONFIGS[-1]], ids=lambda p: p.stem
 )
 def test_vis_scheduler(config, tmp_path):
-    """It replaces the data loader by a list, which has no sampler."""
+    """The tool replaces the data loader by a list without a sampler."""
     picture = tmp_path / 'lr.png'
     done = run_tool(
         TOOLS / 'visualization' / 'vis_scheduler.py',
@@ -41,7 +41,7 @@ def test_vis_scheduler(config, tmp_path):
 
 
 def test_train(digits_root, tmp_path):
-    """It sets persistent_workers where a config does not."""
+    """The tool sets persistent_workers if a config does not."""
     done = run_tool(
         TOOLS / 'train.py',
         DEMO,

@@ -1,4 +1,4 @@
-"""tools/train.py and tools/test.py as a user runs them."""
+"""Tests of tools/train.py and tools/test.py with classifiers."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, run_tool
 
 DEMO = ROOT / 'configs' / 'demo' / 'vvt-nano_digits.py'
-# A run of a few seconds: two epochs of six steps
+# Run of a few seconds: two epochs with six steps each
 SHORT = [
     'train_cfg.max_epochs=2',
     'train_dataloader.batch_size=32',
@@ -27,7 +27,7 @@ SHORT = [
 
 
 def run_in_process(monkeypatch, tool, *arguments):
-    """Exit code and last line of a tool's main, without a new process."""
+    """Return the exit code and last line, without a new process."""
     monkeypatch.setattr(sys, 'argv', [str(tool), *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
@@ -35,7 +35,7 @@ def run_in_process(monkeypatch, tool, *arguments):
 
 
 def losses(work_dir):
-    """Training losses in the order logged."""
+    """Return the training losses in the order of the log."""
     records = []
     for log in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
         records += [json.loads(line) for line in open(log)]
@@ -48,7 +48,7 @@ def weights(path):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, digits_root):
-    """A short training run through the command line."""
+    """Work directory of a short training run."""
     work_dir = tmp_path_factory.mktemp('trained')
     done = run_tool(
         'tools/train.py',
@@ -131,11 +131,11 @@ def test_test_writes_predictions_pictures_and_metrics(
         assert path.endswith(name)
         picture = cv2.imread(path)
         assert picture.shape[1] > 800 and picture.std() > 10
-    assert lines[3].startswith('next')
+    assert lines[3].startswith('to draw')
 
 
 def make_imagenet(root):
-    """ImageNet's layout: train and val, 1000 folders, an image in each."""
+    """Write a dataset like ImageNet with one image per class."""
     random = np.random.RandomState(0)
     for split in ('train', 'val'):
         for number in range(1000):
@@ -149,7 +149,7 @@ def make_imagenet(root):
     'base', ['vvt-tiny_8xb128_in1k.py', 'vvt-small_8xb128_in1k-384px.py']
 )
 def test_imagenet_recipe_end_to_end(base, tmp_path):
-    """True data set class, pipeline, repeated augmentation, mixing, TTA."""
+    """The ImageNet configs train and test with their full pipelines."""
     make_imagenet(tmp_path / 'imagenet')
     config = tmp_path / 'config.py'
     config.write_text(f"""
@@ -189,7 +189,7 @@ train_cfg = dict(max_epochs=1)
     assert done.returncode == 0, done.stdout
     values = losses(work_dir)
     assert len(values) == 6 and all(np.isfinite(values))
-    # 2 images a step where the recipe's rate is for 1024
+    # 2 images per step; the learning rate of the config is for 1024
     assert 'LR is set based on batch size of 1024' in done.stdout
     done = run_tool(
         'tools/test.py',
@@ -204,12 +204,12 @@ train_cfg = dict(max_epochs=1)
 
 
 def test_two_processes_equal_one(digits_root, tmp_path):
-    """The joint batch in two halves: the same losses, step by step."""
+    """Two processes with half of the batch give the same losses."""
     options = [
         'train_cfg.max_epochs=1',
         'default_hooks.logger.interval=1',
-        'model.train_cfg=None',  # mixing off
-        # and inverting: each process draws its own
+        'model.train_cfg=None',  # without mixing
+        # no random inversion, which differs between processes
         'train_dataloader.dataset.pipeline.2.prob=0.',
         f'train_dataloader.dataset.data_root={digits_root}',
         f'val_dataloader.dataset.data_root={digits_root}',
@@ -245,7 +245,7 @@ def test_two_processes_equal_one(digits_root, tmp_path):
     assert two.returncode == 0, two.stdout
     first, second = losses(tmp_path / 'one'), losses(tmp_path / 'two')
     assert len(first) == 22
-    # Sums in another order, then 22 steps of Adam, which magnifies them
+    # The order of sums differs, and 22 steps of Adam amplify the errors.
     np.testing.assert_allclose(first[:5], second[:5], rtol=1e-5)
     np.testing.assert_allclose(first, second, rtol=2e-3)
 
@@ -272,11 +272,11 @@ def test_two_processes_equal_one(digits_root, tmp_path):
     )
     assert done.returncode == 0, done.stdout
     top1 = json.loads((tmp_path / 'm.json').read_text())['accuracy/top1']
-    assert f'accuracy/top1: {top1:.4f}' in two.stdout  # as in training
+    assert f'accuracy/top1: {top1:.4f}' in two.stdout  # as during training
 
 
 def test_killed_and_resumed_equals_unbroken(digits_root, tmp_path):
-    """SIGKILL in mid-epoch; mixing, drop path and augmenting workers on."""
+    """A killed and resumed run gives the weights of a complete run."""
     config = tmp_path / 'config.py'
     config.write_text(f"""
 _base_ = '{DEMO}'
@@ -347,7 +347,7 @@ def test_resume_with_nothing_to_resume_keeps_load_from(
     )
     assert done.returncode == 0, done.stdout
     assert f'Load checkpoint from {trained}/epoch_2.pth' in done.stdout
-    assert len(losses(tmp_path)) == 6  # from the first epoch on
+    assert len(losses(tmp_path)) == 6  # starts at the first epoch
 
 
 def test_resume_from_a_path(trained, digits_root, tmp_path):
@@ -442,7 +442,7 @@ IMAGENET = ROOT / 'configs/classification/vvt-tiny_8xb128_in1k.py'
                 '--cfg-options',
                 'optim_wrapper.type=ApexOptimWrapper',
             ],
-            '--amp cannot replace the optim_wrapper ApexOptimWrapper',
+            '--amp does not support the optim_wrapper ApexOptimWrapper',
         ),
     ],
 )
@@ -499,7 +499,7 @@ def test_scripts_say_what_they_need(script, count):
     ],
 )
 def test_slurm_scripts(script, arguments, expected, tmp_path):
-    """What they would submit, with an srun that prints its arguments."""
+    """The scripts pass the expected arguments to srun."""
     srun = tmp_path / 'srun'
     srun.write_text('#!/bin/sh\necho "$@"\n')
     srun.chmod(0o755)

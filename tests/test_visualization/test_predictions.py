@@ -1,4 +1,4 @@
-"""Pictures of what a model says of one image."""
+"""Tests of pictures of the predictions for one image."""
 
 import cv2
 import numpy as np
@@ -21,7 +21,7 @@ def grey(height, width, value=100):
 
 
 def is_near(picture, colour, tolerance=8):
-    """Which pixels have a colour, ``(H, W)``."""
+    """Return the mask ``(H, W)`` of the pixels close to a colour."""
     return (abs(picture.astype(int) - colour) <= tolerance).all(axis=2)
 
 
@@ -70,7 +70,7 @@ def test_bars_are_as_long_as_the_scores():
 def test_odd_names(names):
     scores = [0.5] * len(names)
     picture = draw_classification(grey(9, 9), names, scores)
-    assert picture[:, 900:].min() < 128  # the score still has its place
+    assert picture[:, 900:].min() < 128  # the score is still visible
     boxes = np.array([[0, 0, 9, 9]] * len(names))
     draw_detection(grey(9, 9), boxes, names, scores, [RED] * len(names))
 
@@ -90,7 +90,7 @@ def test_overlay_and_legend():
         mixed = 0.45 * 100 + 0.55 * np.array(colour)
         assert is_near(overlay, mixed).mean() == pytest.approx(share, abs=0.01)
         assert is_near(legend, colour).sum() > 50
-    assert not is_near(legend, (1, 2, 3)).any()  # of a class that is absent
+    assert not is_near(legend, (1, 2, 3)).any()  # colour of an absent class
 
 
 def test_legend_of_many_classes_beside_a_low_image():
@@ -101,7 +101,7 @@ def test_legend_of_many_classes_beside_a_low_image():
         labels[..., None].repeat(3, 2), labels, palette, legend
     )
     assert 100 < picture.shape[0] < 400
-    # The image is on top, seven classes and the rest have their lines.
+    # The image is at the top; the legend has seven classes and one more line.
     assert is_near(picture[:20, :750], (255, 255, 255)).mean() < 0.01
     assert is_near(picture[20:, :750], (255, 255, 255)).all()
     lines = (picture[:, 750:].min(axis=(1, 2)) < 200).astype(int)
@@ -116,13 +116,13 @@ def test_boxes_and_masks_are_in_their_places():
     picture = draw_detection(
         image, boxes, ['cat', 'dog'], [0.9, 0.5], [RED, GREEN], masks
     )
-    assert picture.shape == (400, 800, 3)  # four times
+    assert picture.shape == (400, 800, 3)  # enlarged by a factor of four
     tinted = is_near(picture, 0.55 * 100 + 0.45 * np.array(RED))
     rows, columns = np.nonzero(tinted)
     assert abs(rows.min() - 160) < 8 and abs(rows.max() - 240) < 8
     assert abs(columns.min() - 80) < 8 and abs(columns.max() - 240) < 8
     rows, columns = np.nonzero(is_near(picture, GREEN))
-    assert rows.min() < 5 and abs(rows.max() - 120) < 5  # the tag is inside
+    assert rows.min() < 5 and abs(rows.max() - 120) < 5  # label inside
     assert columns.max() > 795 and abs(columns.min() - 600) < 5
 
 

@@ -1,4 +1,4 @@
-"""Curves and sheets from what the tools write."""
+"""Tests of curves and sheets drawn from the files of the tools."""
 
 import json
 
@@ -30,9 +30,9 @@ def test_curves_of_a_resumed_run(tmp_path):
     log(tmp_path, '20260101_000100', [
         step(2, 3, 1.), step(2, 4, 2.), dict(top1=75., step=2)
     ])  # yapf: disable
-    (tmp_path / '20260101_000200').mkdir()  # a test run logs none
+    (tmp_path / '20260101_000200').mkdir()  # test runs have no training log
     found = curves(read_scalars(str(tmp_path)), 'top1')
-    assert found['loss'] == ([1, 2], [3.0, 1.5])  # 9 was of the killed epoch
+    assert found['loss'] == ([1, 2], [3.0, 1.5])  # 9: interrupted
     assert found['top1'] == ([1, 2], [50.0, 75.0])
     plot_curves(str(tmp_path), 'top1', 'top-1', str(tmp_path / 'c.png'))
     assert cv2.imread(str(tmp_path / 'c.png')).std() > 5
@@ -45,7 +45,7 @@ def test_a_new_run_replaces_the_old_one(tmp_path):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no training run was logged'):
+    with pytest.raises(FileNotFoundError, match='no training log in'):
         read_scalars(str(tmp_path))
 
 
@@ -75,5 +75,5 @@ def test_sheet(tmp_path):
     )
     picture = cv2.imread(str(out)).astype(int)
     blue, green, red = picture[..., 0], picture[..., 1], picture[..., 2]
-    assert ((red - green > 60) & (red - blue > 60)).any()  # the wrong one
-    assert ((green - red > 60) & (green - blue > 30)).any()  # the right one
+    assert ((red - green > 60) & (red - blue > 60)).any()  # wrong
+    assert ((green - red > 60) & (green - blue > 30)).any()  # correct

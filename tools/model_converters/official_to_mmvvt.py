@@ -35,7 +35,7 @@ def parse_args():
 def main():
     args = parse_args()
     if os.path.realpath(args.src) == os.path.realpath(args.dst):
-        raise UserError(f'SRC and DST are one file: {args.src}')
+        raise UserError(f'SRC and DST are the same file: {args.src}')
     convert = convert_to_official if args.reverse else convert_official
     checkpoint = convert(load_checkpoint_file(args.src), args.arch)
     save_checkpoint_file(checkpoint, args.dst)
@@ -43,7 +43,7 @@ def main():
     if args.reverse:
         print(
             f'wrote {args.dst} with {len(checkpoint["model"])} tensors '
-            'under official keys'
+            'with official keys'
         )
         return
     state, name = checkpoint['state_dict'], checkpoint['meta']['arch']
