@@ -57,7 +57,7 @@ def resume_from_newest(cfg):
     Without one, training starts from the beginning, so that a job that is
     requeued can always be submitted with the same arguments.
     """
-    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     folders = [cfg.work_dir]
     if hook.get('out_dir'):
         name = os.path.basename(os.path.abspath(cfg.work_dir))
@@ -77,17 +77,24 @@ def merge_arguments(cfg, args):
     if args.resume not in (None, 'auto'):
         cfg.resume = True
         cfg.load_from = args.resume
-    elif args.resume == 'auto' or (cfg.get('resume') and not cfg.load_from):
+    elif args.resume == 'auto' or (
+        cfg.get('resume') and not cfg.get('load_from')
+    ):
         resume_from_newest(cfg)
     if cfg.get('load_from') and '://' not in cfg.load_from:
         path = os.path.expanduser(cfg.load_from)
         if not os.path.isfile(path):
             raise UserError(f'no such checkpoint file: {cfg.load_from}')
         if READS_RUNNER_CHECKPOINTS:
-            (check_resumable if cfg.resume else load_checkpoint_file)(path)
-    hook = cfg.get('default_hooks', {}).get('checkpoint')
+            (check_resumable if cfg.get('resume') else load_checkpoint_file)(
+                path
+            )
+    if not cfg.get('default_hooks'):
+        cfg.default_hooks = dict()
+    kind = 'mmengine.SafeCheckpointHook'
+    hook = cfg.default_hooks.setdefault('checkpoint', dict(type=kind))
     if type_name(hook) == 'CheckpointHook':
-        hook.type = 'mmengine.SafeCheckpointHook'
+        hook.type = kind
     if args.amp:
         wrapper = type_name(cfg.optim_wrapper)
         if wrapper not in (
