@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
 
-from .errors import PreflightError, UserError
+from .errors import UserError
 from .fileio import DISK_FULL
 from .preflight import read_config
 
@@ -30,11 +30,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # A data loader worker prepends its traceback to the message.
-        name = type(error).__name__
-        message = str(error).strip().rpartition(f'{name}: ')[2]
-        if isinstance(error, PreflightError):  # one line per problem
-            message = message.replace('\n', '\nerror: ')
+        # PreflightError has one line per problem.
+        message = str(error).replace('\n', '\nerror: ')
         sys.exit(f'error: {message}')
     except OSError as error:
         if error.errno not in DISK_FULL:
