@@ -11,8 +11,9 @@ import reprlib
 from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from ..errors import AnnotationError
+from ..errors import AnnotationError, UserError
 from .config import pipeline_steps, type_name
+from .masks import find_mask_fault
 from .sources import Source, find_backend, is_local
 
 LARGEST = 1e9  # pixels, or square pixels
@@ -85,7 +86,8 @@ def _read(
     """Read a COCO file and check that it has the keys that mmdet reads."""
     try:
         with open(local, encoding='utf-8') as file:
-            content = json.load(file)
+            # NaN and infinity are not JSON, and refused where numbers must be.
+            content = json.load(file, parse_constant=lambda name: None)
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f'{path} is not JSON: {error}') from error
     for part in parts:
@@ -148,6 +150,38 @@ def _find_repeated_id(path: str, content: Dict[str, Any]) -> Optional[str]:
     return None
 
 
+def _find_no_image(
+    path: str, content: Dict[str, Any], dataset: Any
+) -> Optional[str]:
+    """Check that mmdet keeps an image after it has applied ``filter_cfg``."""
+    settings = getattr(dataset, 'filter_cfg', None) or {}
+    if getattr(dataset, 'test_mode', True):
+        settings = {}
+    images = [
+        entry
+        for entry in content['images']
+        if min(entry['width'], entry['height']) >= settings.get('min_size', 0)
+    ]
+    if settings.get('filter_empty_gt'):
+        classes = dataset.metainfo['classes']
+        wanted = {
+            entry['id']
+            for entry in content['categories']
+            if entry['name'] in classes
+        }
+        annotated = {
+            entry['image_id']
+            for entry in content['annotations']
+            if entry['category_id'] in wanted
+        }
+        images = [entry for entry in images if entry['id'] in annotated]
+    if images:
+        return None
+    if settings:
+        return f'{path} has no images that filter_cfg={settings} keeps'
+    return f'{path} lists no images'
+
+
 def _find_missing_images(
     path: str, folder: str, names: Sequence[str]
 ) -> Optional[str]:
@@ -177,7 +211,16 @@ def _find_missing_masks(path: str, content: Dict[str, Any]) -> Optional[str]:
     """Check that objects have masks that mmdet can read."""
     for index, entry in enumerate(content['annotations']):
         mask = entry.get('segmentation')
-        if entry.get('ignore') or entry.get('iscrowd'):
+        if entry.get('ignore'):
+            continue
+        if mask:
+            fault = find_mask_fault(mask)
+            if fault is not None:
+                return (
+                    f'{path} has an invalid mask in '
+                    f'annotations[{index}].segmentation: {fault}'
+                )
+        if entry.get('iscrowd'):
             continue
         if not (isinstance(mask, (dict, list)) and mask):
             return (
@@ -212,7 +255,7 @@ def _only_writes(metric: dict) -> bool:
 
 def find_coco_problems(
     source: Source, metrics: List[dict]
-) -> Iterator[AnnotationError]:
+) -> Iterator[UserError]:
     """Check the annotation file of a dataset, and that its images exist.
 
     Args:
@@ -254,6 +297,8 @@ def find_coco_problems(
         faults.append(_find_missing_images(path, folder, files))
     if 'annotations' in parts and getattr(dataset, 'ANN_ID_UNIQUE', True):
         faults.append(_find_repeated_id(path, content))
+    if 'annotations' in parts:
+        faults.append(_find_no_image(path, content, dataset))
     if 'annotations' in parts and _needs_masks(source, metrics):
         faults.append(_find_missing_masks(path, content))
     for fault in faults:

@@ -290,3 +290,50 @@ def test_values_of_a_wrong_type(root, part, key, value, kind):
     content = coco()
     content[part][0][key] = value
     assert f'{part}[0].{key} must be {kind}, got ' in fault(root, content)
+
+
+def test_ids_of_annotations_are_repeated(root):
+    content = coco()
+    content['annotations'].append(dict(content['annotations'][0], area=5))
+    assert re.fullmatch(
+        FILE + r' uses an id more than once: annotations\[1\] has the id 7 of '
+        'an earlier annotation',
+        fault(root, content),
+    )
+
+
+@pytest.mark.parametrize('number', ['NaN', 'Infinity', '1e999', '"1"'])
+def test_numbers_are_finite(root, number):
+    content = json.dumps(coco()).replace('600', number)
+    assert re.fullmatch(
+        FILE + r' is not in COCO format: annotations\[0\].area must be a '
+        r'number, got \S+',
+        fault(root, content.encode()),
+    )
+
+
+def test_no_image_is_left(root):
+    content = dict(coco(images=()), annotations=[])
+    assert fault(root, content).endswith('train.json lists no images')
+    filtered = dict(test_mode=False, filter_cfg=dict(filter_empty_gt=True))
+    content = coco()
+    content['annotations'] = []
+    assert fault(root, content, **filtered).endswith(
+        "train.json has no images that filter_cfg={'filter_empty_gt': True} "
+        'keeps'
+    )
+    filtered['filter_cfg'] = dict(min_size=41)
+    assert fault(root, coco(), **filtered).endswith(
+        "has no images that filter_cfg={'min_size': 41} keeps"
+    )
+
+
+def test_masks_that_crash_pycocotools(root):
+    content = coco()
+    content['annotations'][0]['segmentation'] = [[1, 2, 9, 2, 9, 1e300]]
+    pipeline = [dict(type='LoadAnnotations', with_mask=True)]
+    assert re.fullmatch(
+        FILE + r' has an invalid mask in annotations\[0\].segmentation: '
+        r'polygons must be lists of coordinates \[x, y, ...\]',
+        fault(root, content, pipeline=pipeline),
+    )
