@@ -55,13 +55,12 @@ from mmvvt.checkpoint import (
     official_shapes,
 )
 from mmvvt.datasets import GuardedPipeline
-from mmvvt.errors import UserError
+from mmvvt.errors import MAX_LENGTH, UserError
 from mmvvt.preflight.coco import find_coco_problems
 from mmvvt.preflight.sources import Source
 
 SECONDS = 60  # limit of a case
 MEMORY = 4 * 2**30  # limit of what a case may allocate, in bytes
-MAX_LENGTH = 1000  # of a message
 ARCH = dict(
     embed_dims=[8] * 4, num_heads=[1] * 4, mlp_ratios=[1] * 4, depths=[1] * 4
 )
@@ -291,8 +290,83 @@ FUNCTIONS = [
 ]
 
 
+def almost_right(rng):
+    """A call as in an ordinary checkpoint, with some wrong arguments."""
+
+    def odd(value):
+        if rng.random() < 0.8:
+            return value
+        return plain(rng, 1) if rng.random() < 0.8 else hostile(rng, 1)
+
+    def size():
+        return tuple(odd(rng.choice([0, 1, 2, 3])) for _ in range(2))
+
+    def dtype():
+        code = rng.choice(
+            ['f8', 'f4', 'i8', 'u1', 'U3', 'S2', 'O', 'V4', 'M8']
+        )
+        order = rng.choice(['<', '>', '|'])
+        state = (3, order, None, None, None, odd(-1), odd(-1), odd(0))
+        return Call(np.dtype, (code, False, True), odd(state))
+
+    def array():
+        data = rng.randbytes(rng.choice([0, 8, 16, 24, 32, 48]))
+        shape = rng.choice([(2,), (3,), (2, 2), size()])
+        return Call(
+            np.zeros(1).__reduce__()[0],
+            (np.ndarray, odd((0,)), b'b'),
+            (1, shape, odd(dtype()), odd(False), odd(data)),
+        )
+
+    def buffer():
+        state = dict(
+            _log_history=odd(np.ones(2)),
+            _count_history=odd(np.ones(2)),
+            _max_length=odd(10),
+            max_length=odd(10),
+        )
+        return Call(HistoryBuffer, (), state)
+
+    def tensor():
+        storage = torch.arange(6.0).storage()
+        hooks = collections.OrderedDict()
+        return Call(
+            torch._utils._rebuild_tensor_v2,
+            (
+                odd(storage),
+                odd(0),
+                odd(size()),
+                odd(size()),
+                False,
+                odd(hooks),
+            ),
+            odd(None),
+        )
+
+    def scalar():
+        data = rng.randbytes(rng.choice([0, 1, 8, 16]))
+        return Call(np.float64(1).__reduce__()[0], (odd(dtype()), odd(data)))
+
+    def method():
+        names = ['mean', 'min', 'current', '_annealing_cos', '__init__']
+        owner = rng.choice([HistoryBuffer, OneCycleParamScheduler, np.ndarray])
+        arguments = (owner, odd(rng.choice(names)))
+        return Call(builtins.getattr, arguments, odd(None))
+
+    def container():
+        kind = rng.choice([collections.OrderedDict, ConfigDict, set, list])
+        return Call(kind, odd(()), odd(None))
+
+    return any_of(
+        rng, array, array, array, buffer, tensor, tensor, scalar, method,
+        container,
+    )  # fmt: skip
+
+
 def hostile(rng, depth=3):
     """A random value that the file builds by calls."""
+    if rng.random() < 0.4:
+        return almost_right(rng)
     kind = rng.randrange(8 if depth else 4)
     if kind == 0:
         return plain(rng, 1)
@@ -435,8 +509,29 @@ def checkpoint_hostile(rng, folder):
         return checkpoint_hostile(rng, folder)
 
 
+def use(node, depth=20):
+    """Read the memory of all tensors and arrays: crashes if it is wrong."""
+    if isinstance(node, (torch.Tensor, np.ndarray)):
+        with contextlib.suppress(Exception):
+            np.asarray(node).tolist()
+        with contextlib.suppress(Exception):
+            node.sum()
+    elif isinstance(node, HistoryBuffer):
+        with contextlib.suppress(Exception):
+            node.mean(), node.max(), node.current()
+    elif isinstance(node, (dict, list, tuple, set)) and depth:
+        children = list(node.values()) if isinstance(node, dict) else node
+        for child in list(children)[:100]:
+            use(child, depth - 1)
+
+
+def read_hostile(rng, path):
+    use(load_checkpoint_file(path))
+
+
 def read_checkpoints(rng, path):
     content = load_checkpoint_file(path)
+    use(content)
     outcomes = []
     for read in (
         lambda: convert_official(content, rng.choice([None, ARCH])),
@@ -492,10 +587,17 @@ def predictions_hostile(rng, folder):
 
 
 def read_predictions(rng, path):
-    load_predictions(path)
+    use(load_predictions(path))
 
 
 # -- annotation files in COCO's format ----------------------------------------
+
+
+MASKS = [
+    *[[[1, 2, 11, 2, 11, 22, 1, 22]]] * 3,
+    dict(counts=[10, 20, 2370], size=[40, 60]),
+    dict(counts='Z1d0d000000000000000000Vm1', size=[40, 60]),
+]
 
 
 @functools.lru_cache(None)
@@ -514,9 +616,7 @@ def coco():
                 bbox=[1, 2, 10, 20],
                 area=200,
                 iscrowd=int(i == 3),
-                segmentation=[[1, 2, 11, 2, 11, 22, 1, 22]]
-                if i != 3
-                else dict(counts=[10, 20, 2370], size=[40, 60]),
+                segmentation=MASKS[i],
             )
             for i in range(5)
         ],
@@ -540,6 +640,13 @@ def coco_structure(rng, folder):
         )
 
     tree = mutate(rng, coco(), make) if rng.random() < 0.95 else plain(rng)
+    if rng.random() < 0.3:
+        tree = copy.deepcopy(coco())
+        mask = rng.choice(tree['annotations'])
+        mask['segmentation'] = mutate(rng, mask['segmentation'], make)
+        if rng.random() < 0.3:
+            text = ''.join(rng.choices('0123Z`adfzVm1~', k=rng.randrange(30)))
+            mask['segmentation'] = dict(counts=text, size=[40, 60])
     content = json.dumps(tree)
     if rng.random() < 0.1:  # deeper than Python's recursion limit
         deep = rng.choice(['[', '{"a":']) * 20000
@@ -560,6 +667,7 @@ def read_coco(rng, path):
         ann_file=path,
         data_prefix=dict(img=folder),
         metainfo=dict(classes=CLASSES),
+        filter_cfg=dict(filter_empty_gt=True, min_size=rng.choice([0, 32])),
     )
     masks = rng.random() < 0.5
     steps = [dict(type='LoadAnnotations', with_bbox=True, with_mask=masks)]
@@ -567,7 +675,7 @@ def read_coco(rng, path):
         'train_dataloader',
         dict(type='CocoDataset', pipeline=steps),
         False,
-        SimpleNamespace(backend_args=None, **settings),
+        SimpleNamespace(backend_args=None, test_mode=False, **settings),
     )
     problems = list(find_coco_problems(source, []))
     for problem in problems[1:]:
@@ -585,15 +693,13 @@ def load_as_mmdet(settings, masks):
     except ImportError:
         return
     with contextlib.redirect_stdout(io.StringIO()):
-        dataset = CocoDataset(
-            pipeline=[], filter_cfg=dict(filter_empty_gt=True), **settings
-        )
+        dataset = CocoDataset(pipeline=[], **settings)
         loader = GuardedPipeline(
             [LoadAnnotations(with_bbox=True, with_mask=masks)]
         )
         for index in range(len(dataset)):
             sample = dataset.get_data_info(index)
-            sample['ori_shape'] = sample['height'], sample['width']
+            sample['ori_shape'] = 40, 60  # of the image
             loader(sample)
 
 
@@ -609,7 +715,7 @@ def encoded(extension, grey):
     return data.tobytes()
 
 
-EXTENSIONS = ['.png', '.png', '.jpg', '.bmp', '.tiff', '.webp', '.pnm', '.jp2']
+EXTENSIONS = ['.png', '.png', '.jpg', '.bmp', '.tiff', '.webp', '.pnm']
 
 
 def image_damaged(rng, folder):
@@ -725,7 +831,7 @@ GROUPS = [
     ('checkpoint', checkpoint_damaged, read_checkpoints, 3),
     ('checkpoint', checkpoint_instructions, read_checkpoints, 2),
     ('checkpoint', checkpoint_structure, read_checkpoints, 2),
-    ('checkpoint', checkpoint_hostile, read_checkpoints, 3),
+    ('checkpoint', checkpoint_hostile, read_hostile, 3),
     ('predictions', predictions_damaged, read_predictions, 1),
     ('predictions', predictions_hostile, read_predictions, 1),
     ('COCO file', coco_damaged, read_coco, 1),
@@ -904,7 +1010,7 @@ def main():
     print(table(results))
     print(f'{len(results)} cases in {time.time() - start:.0f} seconds')
     failed = {i: r for i, r in sorted(results.items()) if r[1] == 'failed'}
-    for index, (kind, _, detail) in list(failed.items())[:20]:
+    for index, (kind, _, detail) in list(failed.items())[:40]:
         print(f'\ncase {index} of seed {args.seed} ({kind}): {detail}')
     sys.exit(1 if failed or len(results) != args.cases else 0)
 
