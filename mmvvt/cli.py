@@ -3,10 +3,11 @@
 This is the only module of the package that exits the process.
 """
 
+import logging
 import os
 import sys
 from argparse import Namespace
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.distributed
@@ -15,6 +16,22 @@ from mmengine.config import Config, DictAction
 from .errors import UserError
 from .fileio import DISK_FULL
 from .preflight import read_config
+
+
+def _stop_if_disk_is_full(handler, record) -> None:
+    """Replacement for ``logging.Handler.handleError``.
+
+    Instead of printing a traceback for each line that cannot be written, it
+    ends the run when the disk is full.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        path = getattr(handler, 'baseFilename', None)
+        raise OSError(error.errno, error.strerror, path) from error
+    _print_error(handler, record)
+
+
+_print_error = logging.Handler.handleError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -27,6 +44,8 @@ def run(main: Callable[[], None]) -> None:
     Args:
         main (Callable): Main function, called without arguments.
     """
+    handler: Any = logging.Handler
+    handler.handleError = _stop_if_disk_is_full
     try:
         main()
     except UserError as error:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 from mmengine.runner import Runner
@@ -121,8 +122,9 @@ def name_unreadable_files(cfg, skip):
     """Let errors name the file, or skip files and report their number."""
     log_file = os.path.join(cfg.work_dir, 'skipped_files.txt')
     if skip:
-        if os.path.exists(log_file) and not cfg.get('resume'):
-            os.remove(log_file)
+        if not cfg.get('resume'):
+            with suppress(FileNotFoundError):  # or removed by another rank
+                os.remove(log_file)
         cfg.custom_hooks = [
             *(cfg.get('custom_hooks') or []),
             dict(type='mmengine.SkippedFilesHook', log_file=log_file),

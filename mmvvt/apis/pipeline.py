@@ -149,7 +149,7 @@ class TestPipeline:
             if shown is None and isinstance(sample.get('img'), np.ndarray):
                 shown = sample['img'].copy()
         if shown is None:  # a pipeline of other keys
-            shown = self._read(image)
+            shown = self._read(sample['img_path'])
             return self.collate([sample]), _displayable(shown, rgb=False)
         return self.collate([sample]), _displayable(shown, self.rgb)
 

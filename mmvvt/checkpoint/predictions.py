@@ -27,6 +27,7 @@ class _Function:
     """A function that a file may call, but has no attributes to modify."""
 
     __slots__ = ('_function',)
+    _function: Callable
 
     def __init__(self, function: Callable):
         object.__setattr__(self, '_function', function)

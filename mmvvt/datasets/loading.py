@@ -9,6 +9,9 @@ from mmengine.registry import TRANSFORMS
 
 from ..errors import UnreadableFileError, UserError
 
+# Skipping ends with an error after this number of files in a row.
+MAX_SKIPPED = 500
+
 
 def loads_annotations(transform: Any) -> bool:
     """Whether a transform loads annotations, such as a label map."""
@@ -34,6 +37,13 @@ def _reason(path: str, error: Exception) -> str:
     return f'{type(error).__name__}{detail}'
 
 
+def _add_note(error: Exception, path: Optional[str]) -> None:
+    """Add the path of the image to the traceback, since Python 3.11."""
+    add_note = getattr(error, 'add_note', None)
+    if add_note is not None and path is not None:
+        add_note(f'The image is {path}')
+
+
 @TRANSFORMS.register_module()
 class GuardedPipeline(BaseTransform):
     """Run the transforms of a pipeline and name files that cannot be loaded.
@@ -52,7 +62,8 @@ class GuardedPipeline(BaseTransform):
 
     Raises:
         UnreadableFileError: Raised by :meth:`transform` if a file cannot be
-            loaded. The message names the file and the reason.
+            loaded, or with ``skip`` if 500 files in a row cannot. The message
+            names the file and the reason.
     """
 
     def __init__(
@@ -64,6 +75,7 @@ class GuardedPipeline(BaseTransform):
         self.transforms: List[Any] = Compose(transforms).transforms
         self.skip = skip
         self.log_file = log_file
+        self._skipped_in_a_row = 0
 
     def transform(self, results: dict) -> Optional[dict]:
         """Run the transforms; None if one of them rejects the sample."""
@@ -75,21 +87,25 @@ class GuardedPipeline(BaseTransform):
                 raise
             except Exception as error:  # Decoders may raise anything.
                 if path is None:
+                    _add_note(error, results.get('img_path'))
                     raise  # not a loader: an error in the transform
-                if self.skip:
-                    self._record(path)
-                    return None
                 what = path
                 if loads_annotations(transform) and path == results.get(
                     'img_path'
                 ):
                     what = f'the annotations of {path}'
-                raise UnreadableFileError(
-                    f'{what} cannot be loaded: {_reason(path, error)}'
-                ) from error
+                message = f'{what} cannot be loaded: {_reason(path, error)}'
+                if self.skip and self._skipped_in_a_row < MAX_SKIPPED:
+                    self._skipped_in_a_row += 1
+                    self._record(path)
+                    return None
+                if self.skip:
+                    message += f' ({MAX_SKIPPED} files before it were skipped)'
+                raise UnreadableFileError(message) from error
             if found is None:
                 return None
             results = found
+        self._skipped_in_a_row = 0
         return results
 
     @staticmethod
@@ -107,9 +123,10 @@ class GuardedPipeline(BaseTransform):
             return
         os.makedirs(os.path.dirname(self.log_file) or '.', exist_ok=True)
         # A short write in append mode is not mixed with those of others.
-        handle = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        handle = os.open(self.log_file, flags, 0o666)
         try:
-            os.write(handle, f'{path}\n'.encode())
+            os.write(handle, os.fsencode(f'{path}\n'))
         finally:
             os.close(handle)
 

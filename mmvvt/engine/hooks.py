@@ -94,7 +94,9 @@ class SkippedFilesHook(Hook):
         if not os.path.isfile(self.log_file):
             runner.logger.info('no files were skipped')
             return
-        with open(self.log_file, encoding='utf-8') as file:
+        with open(
+            self.log_file, encoding='utf-8', errors='backslashreplace'
+        ) as file:
             paths = sorted(set(file.read().splitlines()))
         runner.logger.warning(
             f'{len(paths)} files could not be loaded and were skipped, such '

@@ -144,10 +144,21 @@ def guard_pipelines(
         options = {}
         if skip and loader == 'train_dataloader':
             options = dict(skip=True, log_file=log_file)
-        for dataset in innermost_datasets(cfg[loader]['dataset']):
-            steps = dataset.get('pipeline')
+        owners = [
+            (dataset, 'pipeline')
+            for dataset in innermost_datasets(cfg[loader]['dataset'])
+        ]
+        if loader == 'train_dataloader':
+            # mmdet's PipelineSwitchHook replaces the pipeline in an epoch.
+            owners += [
+                (hook, 'switch_pipeline')
+                for hook in cfg.get('custom_hooks') or []
+                if isinstance(hook, dict)
+            ]
+        for owner, key in owners:
+            steps = owner.get(key)
             if steps and type_name(steps[0]) != 'GuardedPipeline':
-                dataset['pipeline'] = [
+                owner[key] = [
                     dict(type='GuardedPipeline', transforms=steps, **options)
                 ]
 
@@ -246,7 +257,7 @@ def build_model(cfg: Config) -> nn.Module:
     try:
         return MODELS.build(model)
     except ModuleNotFoundError as error:
-        package = cfg.get('default_scope') or error.name.partition('.')[0]
+        package = cfg.get('default_scope') or str(error.name).split('.')[0]
         raise UserError(
             f'{cfg.filename or "the model"} needs the package {error.name}, '
             'which is not installed: '

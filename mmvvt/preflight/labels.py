@@ -182,7 +182,7 @@ def _load(loader: dict, sample: dict, dataset: Any):
     path = sample['seg_map_path']
     if type_name(loader) == 'LoadAnnotations':
         labels, fault = _read_label_map(path, loader, dataset)
-        if fault is not None:
+        if labels is None:
             return None, fault
         return np.unique(_convert(labels, loader, sample)), None
     try:  # A custom loader has its own rules.

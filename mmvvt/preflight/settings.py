@@ -1,7 +1,7 @@
 """Checks of settings that contradict each other."""
 
 import copy
-from typing import Any, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import HOOKS
@@ -113,7 +113,7 @@ def _classes_of(source: Source) -> Optional[int]:
 def _find_class_problems(
     cfg: Config, sources: List[Source]
 ) -> Iterator[UserError]:
-    counts = {}
+    counts: Dict[int, str] = {}
     for source in sources:
         number = _classes_of(source)
         if number is not None:
@@ -123,9 +123,11 @@ def _find_class_problems(
         yield UserError(f'the datasets have different classes: {found}')
         return
     settings = list(_numbers(cfg, sources))
+    if not counts and not settings:
+        return
     if counts:
         ((number, where),) = counts.items()
-    elif settings:
+    else:
         where, number = settings[0]
     # A classifier can be tested on images of some of its classes.
     testing = all(source.loader == 'test_dataloader' for source in sources)
@@ -150,7 +152,8 @@ def _find_metric_problems(
     cfg: Config, sources: List[Source]
 ) -> Iterator[UserError]:
     head = (cfg.get('model') or {}).get('head')
-    number = head.get('num_classes') if isinstance(head, dict) else None
+    head = head if isinstance(head, dict) else {}
+    number = head.get('num_classes')
     if not isinstance(number, int):
         return
     places = [('model.head', head if head.get('cal_acc') else {})]

@@ -125,7 +125,10 @@ def check_pretrained_backbone(cfg: Config, model: nn.Module) -> None:
             different shape. The message is one line.
     """
     init_cfg = (cfg.model.get('backbone') or {}).get('init_cfg')
-    if type_name(init_cfg) not in ('Pretrained', 'PretrainedInit'):
+    if init_cfg is None or type_name(init_cfg) not in (
+        'Pretrained',
+        'PretrainedInit',
+    ):
         return
     path = init_cfg['checkpoint']
     _check_fit(

@@ -1,6 +1,9 @@
 """Files that cannot be loaded are named, or skipped and counted."""
 
+import json
 import os
+import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,6 +13,8 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mmvvt.datasets import CheckLabels, GuardedPipeline
+from mmvvt.datasets.loading import MAX_SKIPPED
+from mmvvt.engine import SkippedFilesHook
 from mmvvt.errors import LabelError, UnreadableFileError
 from mmvvt.preflight import guard_pipelines
 
@@ -133,13 +138,114 @@ def test_files_are_skipped_and_listed(config, workers, files):
     assert set(log.read_text().splitlines()) == bad
 
 
-def test_a_bug_in_a_transform_keeps_its_type(files):
+def detection(root):
+    pytest.importorskip('mmdet')
+    objects = [
+        dict(
+            id=i,
+            image_id=i,
+            category_id=1,
+            bbox=[1, 2, 20, 20],
+            area=400,
+            segmentation=[[1, 2, 21, 2, 21, 22, 1, 22]],
+        )
+        for i in range(4)
+    ]
+    content = dict(
+        images=[
+            dict(id=i, file_name=f'{i}.png', height=40, width=40)
+            for i in range(4)
+        ],
+        annotations=objects,
+        categories=[dict(id=1, name='a')],
+    )
+    objects[3]['segmentation'] = dict(counts=[1], size=[10, 10])
+    (root / 'train.json').write_text(json.dumps(content))
+    return 'mmdet', dict(
+        type='CocoDataset',
+        data_root=str(root),
+        ann_file='train.json',
+        data_prefix=dict(img='images/a'),
+        metainfo=dict(classes=('a',)),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='PackDetInputs'),
+        ],
+    )
+
+
+def test_files_of_a_detection_dataset(files):
+    scope, dataset = detection(files)
+    images = files / 'images' / 'a'
+    with pytest.raises(UnreadableFileError) as caught:
+        load_all(scope, dataset)
+    assert str(caught.value).startswith(
+        f'the annotations of {images / "3.png"} cannot be loaded: '
+    )
+    (images / '1.png').write_bytes(b'')
+    with pytest.raises(UnreadableFileError) as caught:
+        load_all(scope, dataset)
+    assert str(caught.value) == (
+        f'{images / "1.png"} cannot be loaded: the file is empty'
+    )
+    log = files / 'skipped.txt'
+    assert load_all(scope, dataset, skip=True, log_file=str(log)) == 4
+    assert set(log.read_text().splitlines()) == {
+        str(images / '1.png'),
+        str(images / '3.png'),
+    }
+
+
+def test_pipeline_that_a_hook_switches_to():
+    steps = [dict(type='LoadImageFromFile')]
+    cfg = Config(
+        dict(
+            train_dataloader=dict(dataset=dict(type='A', pipeline=steps)),
+            custom_hooks=[
+                dict(type='PipelineSwitchHook', switch_pipeline=steps),
+                dict(type='EMAHook'),
+            ],
+        )
+    )
+    guard_pipelines(cfg, ['train_dataloader'], skip=True, log_file='a.txt')
+    switched, other = cfg.custom_hooks
+    assert switched.switch_pipeline == cfg.train_dataloader.dataset.pipeline
+    assert switched.switch_pipeline[0].skip
+    assert other == dict(type='EMAHook')
+
+
+def test_skipping_ends(tmp_path):
+    """A run whose files all cannot be loaded does not search for ever."""
+    log = tmp_path / 'skipped.txt'
+    pipeline = GuardedPipeline(
+        [dict(type='mmcv.LoadImageFromFile')], True, str(log)
+    )
+    path = str(tmp_path / 'b\udcff.png')  # not UTF-8
+    for _ in range(MAX_SKIPPED):
+        assert pipeline(dict(img_path=path)) is None
+    with pytest.raises(UnreadableFileError, match='500 files before it were'):
+        pipeline(dict(img_path=path))
+    with open(log, encoding='utf-8', errors='surrogateescape') as file:
+        assert set(file) == {f'{path}\n'}
+    lines = []
+    logger = SimpleNamespace(info=lines.append, warning=lines.append)
+    for file in (log, tmp_path / 'missing.txt'):
+        SkippedFilesHook(str(file)).after_train(SimpleNamespace(logger=logger))
+    assert lines[0].startswith('1 files could not be loaded and were skipped')
+    assert r'b\xff.png' in lines[0] and lines[0].isprintable()
+    assert lines[1] == 'no files were skipped'
+
+
+def test_a_bug_in_a_transform_keeps_its_type():
     def bug(results):
         raise ZeroDivisionError('a bug')
 
     pipeline = GuardedPipeline([bug], skip=True)
-    with pytest.raises(ZeroDivisionError, match='a bug'):
+    with pytest.raises(ZeroDivisionError, match='a bug') as caught:
         pipeline.transform(dict(img_path='a.png'))
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == ['The image is a.png']
     assert GuardedPipeline([lambda r: None]).transform({}) is None
 
 

@@ -79,9 +79,11 @@ def train(
         train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=optimizer),
         default_hooks=dict(
-            checkpoint=dict(
-                type='SafeCheckpointHook', interval=1, **(checkpoint or {})
-            ),
+            checkpoint={
+                'type': 'SafeCheckpointHook',
+                'interval': 1,
+                **(checkpoint or {}),
+            },
         ),
         custom_hooks=list(hooks),
         log_level='ERROR',

@@ -40,6 +40,7 @@ default_hooks = dict(
 param_scheduler = [dict(type='ConstantLR', factor=1.0, by_epoch=False)]
 log_processor = dict(by_epoch=False)
 """
+PER_EPOCH = 2  # iterations
 
 
 def start(arguments, log):
@@ -76,12 +77,10 @@ def progress(work_dir):
     return 0 if path is None else load_checkpoint_file(path)['meta']['iter']
 
 
-def newest(folder):
-    """Time of the newest checkpoint in a folder."""
-    return max(
-        (path.stat().st_mtime_ns for path in Path(folder).glob('*.pth')),
-        default=None,
-    )
+def names(folder, start, end=''):
+    """Names of the files in a folder with a certain start and end."""
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    return {n for n in found if n.startswith(start) and n.endswith(end)}
 
 
 def main():
@@ -102,36 +101,44 @@ def main():
         'train_dataloader.batch_size=16',
     ]
     limit = 'max_epochs' if kind == 'epoch' else 'max_iters'
-    before, inside, seen = 0, 0, None
+    before, inside = 0, 0
     for number in range(int(kills)):
+        seen, stale = names(folder, kind, '.pth'), names(folder, '.writing-')
         child = start([*arguments, *options, f'train_cfg.{limit}=100000'], log)
-        # Most runs save before they are killed, some are killed while they
-        # start.
+        # Most runs save before they are killed, half of them are killed while
+        # they save again. Some are killed while they start.
         deadline = time.time() + 60
         saves = before == 0 or random.random() < 0.8
-        while saves and newest(folder) == seen and time.time() < deadline:
+        while saves and names(folder, kind, '.pth') == seen:
+            assert time.time() < deadline
             ended = os.waitpid(child, os.WNOHANG) != (0, 0)
             assert not ended, Path(log).read_text()[-3000:]
             time.sleep(0.02)
-        time.sleep(random.uniform(0.0, 1.0 if saves else 3.0))
+        if saves and random.random() < 0.5:
+            while not names(folder, '.writing-'):
+                assert time.time() < deadline
+                time.sleep(0.002)
+            time.sleep(random.uniform(0.0, 0.25))
+        else:
+            time.sleep(random.uniform(0.0, 1.0 if saves else 3.0))
+        complete = names(folder, kind, '.pth')
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f'run {number} ended before the kill'
-        files = os.listdir(folder)
-        inside += any(name.startswith('.writing-') for name in files)
+        inside += bool(names(folder, '.writing-') - stale)
         after = progress(folder)
-        assert after >= before > -1 and after > 0, (before, after, files)
-        before, seen = after, newest(folder)
+        per_save = PER_EPOCH if kind == 'epoch' else 1
+        saved = [int(name[len(kind) + 1 : -4]) for name in complete]
+        assert after >= max([before, *(n * per_save for n in saved)]) > 0
+        before = after
 
-    per_epoch = 2
-    final = before // per_epoch + 2 if kind == 'epoch' else before + 4
+    final = before // PER_EPOCH + 2 if kind == 'epoch' else before + 4
     child = start([*arguments, *options, f'train_cfg.{limit}={final}'], log)
     _, status = os.waitpid(child, 0)
     assert os.WEXITSTATUS(status) == 0, Path(log).read_text()[-3000:]
-    iterations = final * per_epoch if kind == 'epoch' else final
+    iterations = final * PER_EPOCH if kind == 'epoch' else final
     assert progress(folder) == iterations
-    left = [name for name in os.listdir(folder) if name.startswith('.writing')]
-    assert not left, left
+    assert not names(folder, '.writing-')
     print(json.dumps(dict(kills=int(kills), inside=inside, final=final)))
 
 
