@@ -6,6 +6,8 @@ then crashes, or the mask contains whatever is in memory.
 
 from typing import Any, List, Optional
 
+import numpy as np
+
 MAX_COORDINATE = 1e5
 MAX_PIXELS = 1e9
 
@@ -56,20 +58,18 @@ def _uncompress(text: str) -> List[int]:
     bit if more groups follow. From the fourth number on, the difference to
     the number before the previous one is stored.
     """
-    counts: List[int] = []
-    value = shift = 0
-    for code in text.encode('ascii'):
-        group = code - ord('0')
-        value |= (group & 31) << shift
-        shift += 5
-        if group & 32:
-            continue
-        if group & 16:
-            value |= -1 << shift
-        if len(counts) > 2:
-            value += counts[-2]
-        counts.append(value)
-        value = shift = 0
-    if shift:
+    groups = np.frombuffer(text.encode('ascii'), np.uint8).astype(np.int64)
+    groups -= ord('0')
+    last = np.flatnonzero(groups & 32 == 0)
+    if not last.size or last[-1] != groups.size - 1:
         raise ValueError('the last number is incomplete')
-    return counts
+    first = np.append(0, last[:-1] + 1)
+    place = np.arange(groups.size) - np.repeat(first, last - first + 1)
+    if place.max() > 6:
+        raise ValueError('a number has more than 32 bits')
+    numbers = np.add.reduceat((groups & 31) << 5 * place, first)
+    negative = (groups[last] & 16) // 16
+    numbers -= negative << 5 * (place[last] + 1)
+    for start in (1, 2):
+        numbers[start::2] = np.cumsum(numbers[start::2])
+    return numbers.tolist()
