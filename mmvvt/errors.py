@@ -16,12 +16,13 @@ def _message_of(error: Exception) -> str:
 def _one_line(text: str) -> str:
     """Escape control characters, which names in a file may contain."""
     text = re.sub(r'\s*\n\s*', ' ', text)
-    if len(text) > MAX_LENGTH:
-        text = f'{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 3 :]}'
-    return ''.join(
+    text = ''.join(
         c if c.isprintable() else c.encode('unicode_escape').decode()
         for c in text
     )
+    if len(text) > MAX_LENGTH:
+        text = f'{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 3 :]}'
+    return text
 
 
 class UserError(ValueError):

@@ -28,6 +28,7 @@ def test_long_messages_are_shortened():
     text = str(UserError('start ' + 'x' * 10**6 + ' end'))
     assert text.startswith('start xx') and text.endswith('xx end')
     assert len(text) <= MAX_LENGTH
+    assert len(str(UserError('\x00' * MAX_LENGTH))) <= MAX_LENGTH
 
 
 def test_several_problems_keep_their_lines():
