@@ -346,7 +346,8 @@ def read_checkpoint(file: Union[str, BinaryIO], path: str) -> dict:
             reason = detail.group(1) if detail else str(error)
         raise CheckpointError(f'refused to load {path}: {reason}') from error
     except Exception as error:  # A damaged pickle can raise any error.
-        reason = str(error).splitlines()[0] if str(error) else 'end of file'
+        sentence = str(error).partition('. ')[0].splitlines()
+        reason = sentence[0] if sentence else 'end of file'
         raise CheckpointError(
             f'{path} is truncated or not a PyTorch checkpoint ({reason})'
         ) from error

@@ -66,6 +66,8 @@ def train(
     **more,
 ):
     """Train a line; returns the runner."""
+    loop = train_cfg or dict(by_epoch=True, max_epochs=epochs)
+    sampler = 'DefaultSampler' if loop['by_epoch'] else 'InfiniteSampler'
     optimizer = more.pop('optimizer', dict(type='SGD', lr=0.1, momentum=0.9))
     runner = Runner(
         model=Line(),
@@ -73,10 +75,10 @@ def train(
         train_dataloader=dict(
             batch_size=2,
             dataset=Numbers(**(metainfo or {})),
-            sampler=dict(type=DefaultSampler, shuffle=False),
+            sampler=dict(type=sampler, shuffle=False),
             collate_fn=dict(type='default_collate'),
         ),
-        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=loop,
         optim_wrapper=dict(optimizer=optimizer),
         default_hooks=dict(
             checkpoint={
