@@ -1,11 +1,14 @@
 """Kill training at random moments and resume it, again and again.
 
-Usage: kill_and_resume.py epoch|iter KILLS WORK_DIR DATA_ROOT
+Usage: kill_and_resume.py KILLS WORK_DIR DATA_ROOT
+
+Runs with an epoch-based loop are killed first, then runs with an
+iteration-based loop.
 
 The training runs in a forked process, so that packages are imported once.
 Flushing a file to the disk is slowed down, so that many kills hit a run while
 it saves. Prints the number of kills, and how many of them left a temporary
-file, as JSON.
+file, as a line of JSON for each loop.
 """
 
 import json
@@ -83,9 +86,8 @@ def names(folder, start, end=''):
     return {n for n in found if n.startswith(start) and n.endswith(end)}
 
 
-def main():
-    kind, kills, work_dir, data_root = sys.argv[1:]
-    torch.set_num_threads(1)
+def kill_and_resume(kind, kills, work_dir, data_root):
+    """Kill runs, let the last one end, and print the result."""
     random.seed(kind)
     os.makedirs(work_dir)
     config, log = f'{work_dir}/config.py', f'{work_dir}/log.txt'
@@ -102,7 +104,7 @@ def main():
     ]
     limit = 'max_epochs' if kind == 'epoch' else 'max_iters'
     before, inside = 0, 0
-    for number in range(int(kills)):
+    for number in range(kills):
         seen, stale = names(folder, kind, '.pth'), names(folder, '.writing-')
         child = start([*arguments, *options, f'train_cfg.{limit}=100000'], log)
         # Most runs save before they are killed, half of them are killed while
@@ -139,8 +141,12 @@ def main():
     iterations = final * PER_EPOCH if kind == 'epoch' else final
     assert progress(folder) == iterations
     assert not names(folder, '.writing-')
-    print(json.dumps(dict(kills=int(kills), inside=inside, final=final)))
+    result = dict(kind=kind, kills=kills, inside=inside, final=final)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == '__main__':
-    main()
+    kills, work_dir, data_root = sys.argv[1:]
+    torch.set_num_threads(1)
+    for kind in ('epoch', 'iter'):
+        kill_and_resume(kind, int(kills), f'{work_dir}/{kind}', data_root)
