@@ -25,7 +25,7 @@ def _compact_instances(instances: dict) -> dict:
 
 def _compact(sample: dict) -> dict:
     compact = {k: v for k, v in sample.items() if k != 'seg_logits'}
-    for key in ('gt_instances', 'pred_instances'):
+    for key in ('gt_instances', 'ignored_instances', 'pred_instances'):
         if key in compact:
             compact[key] = _compact_instances(compact[key])
     return compact
