@@ -137,7 +137,7 @@ def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
     check_training(cfg)
-    name_unreadable_files(cfg, args.skip_unreadable)
+    name_unreadable_files(cfg, args.skip_unreadable and not args.dry_run)
     init_processes(cfg, args)
     keep_freed_memory()
     if args.dry_run:
