@@ -11,19 +11,13 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import FUNCTIONS
 
-from ..datasets.loading import loads_annotations
+from ..datasets.loading import loads_annotations, loads_files
 from ..errors import UserError
 from ..preflight import innermost_datasets
 
 # What a dataset gives its pipeline besides the path. mmseg's transforms need
 # ``seg_fields``; mmdet's PackDetInputs needs ``img_id``.
 SAMPLE = dict(img_id=0, sample_idx=0)
-
-
-def _loads_image(transform: Any) -> bool:
-    return isinstance(transform, LoadImageFromFile) or type(
-        transform
-    ).__name__.startswith('Load')
 
 
 def _flatten(transforms: list) -> list:
@@ -104,7 +98,7 @@ class TestPipeline:
         preprocessor.update(cfg.model.get('data_preprocessor') or {})
         to_rgb = preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb')
         self.grayscale = len(preprocessor.get('mean') or ()) == 1
-        loaders = [t for t in self.transforms if _loads_image(t)]
+        loaders = [t for t in self.transforms if loads_files(t)]
         self.has_loader = bool(loaders)
         # mmcv loads BGR. Other loaders and datasets without a loader yield
         # what the data preprocessor expects.
@@ -142,7 +136,7 @@ class TestPipeline:
                 array = array.astype(np.float32)
             shape = array.shape[:2]
             sample.update(img=array, img_shape=shape, ori_shape=shape)
-            transforms = [t for t in transforms if not _loads_image(t)]
+            transforms = [t for t in transforms if not loads_files(t)]
         shown = sample.get('img')
         for transform in transforms:
             sample = self._apply(transform, sample)
@@ -177,7 +171,7 @@ class TestPipeline:
             raise UserError(error.strerror or _first_line(error)) from error
         except Exception as error:
             # Custom transforms may raise anything for an unsuitable image.
-            if _loads_image(transform):
+            if loads_files(transform):
                 raise UserError('cannot be read as an image') from error
             raise UserError(
                 f'{name} of the test pipeline cannot process the image: '

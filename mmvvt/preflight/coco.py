@@ -12,7 +12,7 @@ from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..errors import AnnotationError, UserError
-from .config import pipeline_steps, type_name
+from .config import annotation_steps, type_name
 from .masks import find_mask_fault
 from .sources import Source, find_backend, is_local
 
@@ -238,8 +238,7 @@ def _find_missing_masks(path: str, content: Dict[str, Any]) -> Optional[str]:
 def _needs_masks(source: Source, metrics: List[dict]) -> bool:
     """Whether the pipeline loads masks or a metric compares them."""
     loads = any(
-        step.get('with_mask') and 'Annotations' in type_name(step)
-        for step in pipeline_steps(source.config)
+        step.get('with_mask') for step in annotation_steps(source.config)
     )
     wanted = [metric.get('metric', 'bbox') for metric in metrics]
     return loads or any(
@@ -289,8 +288,8 @@ def find_coco_problems(
     except AnnotationError as error:
         yield source.problem(str(error), AnnotationError)
         return
-    except (AttributeError, NotImplementedError, OSError):
-        return  # The file backend cannot provide the file here.
+    except (AttributeError, OSError, RuntimeError):
+        return  # The file backend cannot provide a local file.
 
     names = [entry['name'] for entry in content['categories']]
     faults = [_find_category_fault(path, names, dataset.metainfo['classes'])]

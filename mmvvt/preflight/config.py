@@ -122,6 +122,22 @@ def pipeline_steps(dataset: dict) -> Iterator[dict]:
             steps = list(step) + steps
 
 
+def annotation_steps(dataset: dict) -> List[dict]:
+    """Return the transforms of a dataset config that load annotations.
+
+    Args:
+        dataset (dict): Dataset config.
+
+    Returns:
+        list[dict]: Configs of transforms. Empty for images to predict on.
+    """
+    return [
+        step
+        for step in pipeline_steps(dataset)
+        if 'Annotations' in type_name(step)
+    ]
+
+
 def guard_pipelines(
     cfg: Config,
     loaders: List[str],

@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from ..errors import UserError
 from .coco import find_coco_problems, reads_coco
-from .config import dataset_class, pipeline_steps, type_name
+from .config import annotation_steps, dataset_class, type_name
 from .sources import Source, exists, find_backend, is_empty
 
 
@@ -42,7 +42,7 @@ def _find_path_problems(
     root = getattr(dataset, 'data_root', None) or ''
     prefix = getattr(dataset, 'data_prefix', None) or {}
     folders = [root, *(prefix.values() if isinstance(prefix, dict) else [])]
-    needs_labels = loads_annotations(config)
+    needs_labels = bool(annotation_steps(config))
     for folder in dict.fromkeys(folders):
         if not isinstance(folder, str) or not folder:
             continue
@@ -65,13 +65,6 @@ def _find_path_problems(
     if isinstance(path, str) and path and not os.path.isdir(path):
         if not exists(find_backend(path, dataset), path, folder=False):
             yield source.problem(f'the annotation file does not exist: {path}')
-
-
-def loads_annotations(config: dict) -> bool:
-    """Whether the pipeline of a dataset config loads annotations."""
-    return any(
-        'Annotations' in type_name(step) for step in pipeline_steps(config)
-    )
 
 
 def find_data_problems(

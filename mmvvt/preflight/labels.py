@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 
 from ..errors import LabelError, UserError
-from .config import pipeline_steps, type_name
+from .config import annotation_steps, type_name
 from .sources import Source, find_backend, first_line, is_local
 
 # Number of label maps of a dataset whose values are checked.
@@ -89,15 +89,8 @@ def _find_image_label_problems(
 def _find_label_map_problems(
     cfg: Config, source: Source
 ) -> Iterator[UserError]:
-    loader = next(
-        (
-            step
-            for step in pipeline_steps(source.config)
-            if 'Annotations' in type_name(step)
-        ),
-        None,
-    )
-    if loader is None:
+    loaders = annotation_steps(source.config)
+    if not loaders:
         return  # Images to predict on have no label maps.
     samples, problem = _read_samples(source)
     if problem:
@@ -111,7 +104,7 @@ def _find_label_map_problems(
             f'the annotation file does not exist: {missing[0]}{more}'
         )
         return
-    yield from _find_value_problems(cfg, source, loader, samples)
+    yield from _find_value_problems(cfg, source, loaders[0], samples)
 
 
 def _find_missing(source: Source, paths: List[str]) -> List[str]:
