@@ -6,9 +6,16 @@ from mmengine.hooks import (
     LoggerHook,
     ParamSchedulerHook,
 )
+from mmengine.optim.optimizer import OptimWrapper
 from mmengine.visualization import LocalVisBackend
+from torch.optim import AdamW
 
-from mmvvt.engine import EpochSeedHook, MeanLossHook, SafeCheckpointHook
+from mmvvt.engine import (
+    EpochSeedHook,
+    MeanLossHook,
+    MergedOptimWrapperConstructor,
+    SafeCheckpointHook,
+)
 
 # Classes need no scope.
 default_scope = None
@@ -31,6 +38,19 @@ load_from = None
 resume = False
 randomness = dict(seed=0, deterministic=False)
 
+optim_wrapper = dict(
+    type=OptimWrapper,
+    optimizer=dict(type=AdamW, lr=2e-3, weight_decay=0.05, fused=True),
+    constructor=MergedOptimWrapperConstructor,
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    clip_grad=dict(max_norm=1.0),
+)
+
+rgb = dict(
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    bgr_to_rgb=True,
+)
 shuffled = dict(type=DefaultSampler, shuffle=True)
 in_order = dict(type=DefaultSampler, shuffle=False)
 endless = dict(type=InfiniteSampler, shuffle=True)

@@ -31,21 +31,16 @@ from mmdet.models.task_modules import (
 )
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.optim import CosineAnnealingLR, LinearLR
-from mmengine.optim.optimizer import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, TestLoop, ValLoop
-from torch.optim import AdamW
 
 from mmvvt.datasets.digit_scenes_coco import DigitScenesCoco
-from mmvvt.engine import MergedOptimWrapperConstructor
 from mmvvt.models import VVT
 
 model = dict(
     type=RetinaNet,
     data_preprocessor=dict(
         type=DetDataPreprocessor,
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
+        **rgb,
         pad_size_divisor=32,
     ),
     backbone=dict(type=VVT, arch=arch, out_indices=(1, 2, 3)),
@@ -160,13 +155,6 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(
-    type=OptimWrapper,
-    optimizer=dict(type=AdamW, lr=2e-3, weight_decay=0.05, fused=True),
-    constructor=MergedOptimWrapperConstructor,
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
-    clip_grad=dict(max_norm=1.0),
-)
 param_scheduler = [
     dict(type=LinearLR, start_factor=1e-2, by_epoch=False, end=100),
     dict(

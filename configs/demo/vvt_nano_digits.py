@@ -20,10 +20,8 @@ from mmpretrain.models import (
     Mixup,
 )
 from mmpretrain.visualization import UniversalVisualizer
-from torch.optim import AdamW
 
 from mmvvt.datasets import Digits
-from mmvvt.engine import MergedOptimWrapperConstructor
 from mmvvt.models import VVT
 
 model = dict(
@@ -83,12 +81,6 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type=Accuracy, topk=1)
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr=2e-3, weight_decay=0.05, fused=True),
-    constructor=MergedOptimWrapperConstructor,
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
-    clip_grad=dict(max_norm=1.0),
-)
 param_scheduler = [
     dict(type=LinearLR, start_factor=1e-2, end=2, convert_to_iter_based=True),
     dict(

@@ -5,7 +5,6 @@ with read_base():
     from .._base_.pure_python_runtime import *
 
 from mmengine.optim import CosineAnnealingLR, LinearLR
-from mmengine.optim.optimizer import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, TestLoop, ValLoop
 from mmpretrain.datasets.transforms import Invert
 from mmcv.transforms import LoadImageFromFile, Resize
@@ -25,19 +24,15 @@ from mmseg.models import (
     SegDataPreProcessor,
 )
 from mmseg.visualization import SegLocalVisualizer
-from torch.optim import AdamW
 
 from mmvvt.datasets import CheckLabels, DigitScenes
-from mmvvt.engine import MergedOptimWrapperConstructor
 from mmvvt.models import VVT
 
 model = dict(
     type=EncoderDecoder,
     data_preprocessor=dict(
         type=SegDataPreProcessor,
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
+        **rgb,
         pad_val=0,
         seg_pad_val=255,
         size=(96, 96),
@@ -107,13 +102,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type=IoUMetric, iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(
-    type=OptimWrapper,
-    optimizer=dict(type=AdamW, lr=5e-3, weight_decay=0.05, fused=True),
-    constructor=MergedOptimWrapperConstructor,
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
-    clip_grad=dict(max_norm=1.0),
-)
+optim_wrapper.optimizer.update(lr=5e-3)
 param_scheduler = [
     dict(type=LinearLR, start_factor=1e-2, by_epoch=False, end=50),
     dict(
