@@ -18,7 +18,12 @@ from mmvvt.checkpoint import (
 )
 from mmvvt.cli import add_common_arguments, init_processes, load_config, run
 from mmvvt.errors import UserError
-from mmvvt.preflight import check_training, guard_pipelines, type_name
+from mmvvt.preflight import (
+    check_training,
+    explain_error,
+    guard_pipelines,
+    type_name,
+)
 
 
 def parse_args():
@@ -133,6 +138,17 @@ def name_unreadable_files(cfg, skip):
     guard_pipelines(cfg, loaders, skip, log_file)
 
 
+def train(cfg):
+    runner = Runner.from_cfg(cfg)
+    try:
+        runner.train()
+    except (RuntimeError, ValueError) as error:
+        explained = explain_error(error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
 def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
@@ -146,7 +162,7 @@ def main():
             lines = dry_run(Runner.from_cfg(cfg), training=True)
         print('no problems were found', *lines, sep='\n')
         return
-    Runner.from_cfg(cfg).train()
+    train(cfg)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ from .config import (
     read_config,
     type_name,
 )
-from .run import check_testing, check_training
+from .run import check_testing, check_training, explain_error
 from .weights import check_checkpoint
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     'check_training',
     'class_names',
     'dataset_class',
+    'explain_error',
     'guard_pipelines',
     'innermost_datasets',
     'read_config',

@@ -22,6 +22,38 @@ TRAIN_LOADERS = ['train_dataloader', 'val_dataloader']
 TEST_LOADERS = ['test_dataloader']
 
 
+# Errors of PyTorch in the first steps that the settings cause, for causes that
+# the checks do not see, such as layers of a custom model.
+SETTING_ERRORS = {
+    'Expected more than 1 value per channel when training': (
+        'a batch normalisation got one value per channel in training: set '
+        'train_dataloader.batch_size to 2 or more and '
+        'train_dataloader.drop_last=True'
+    ),
+    'Expected to have finished reduction in the prior iteration': (
+        'parameters of the model are not used in the loss, which distributed '
+        'training does not allow: set find_unused_parameters=True, or freeze '
+        'or remove these parameters'
+    ),
+}
+
+
+def explain_error(error: Exception) -> Optional[UserError]:
+    """Translate an error of PyTorch that the settings of a run cause.
+
+    Args:
+        error (Exception): Error raised by a training step.
+
+    Returns:
+        UserError | None: One line that names the setting; None for other
+        errors.
+    """
+    for text, message in SETTING_ERRORS.items():
+        if text in str(error):
+            return UserError(message)
+    return None
+
+
 def raise_problems(problems: List[UserError]) -> None:
     """Raise the problems that were found, if any.
 

@@ -12,6 +12,7 @@ from mmvvt.preflight import (
     build_model,
     check_testing,
     check_training,
+    explain_error,
     read_config,
 )
 
@@ -516,3 +517,34 @@ def test_unused_stages(tmp_path, changes, text):
     else:
         (line,) = found
         assert text in line and 'set find_unused_parameters=True' in line
+
+
+# -- errors in the first steps ------------------------------------------------
+
+
+def test_error_of_a_custom_batch_norm():
+    with pytest.raises(ValueError) as caught:
+        torch.nn.BatchNorm1d(3)(torch.ones(1, 3))
+    message = str(explain_error(caught.value))
+    assert 'set train_dataloader.batch_size to 2 or more' in message
+    assert explain_error(ValueError('something else')) is None
+
+
+def test_error_of_parameters_without_gradient(tmp_path):
+    """The error of DistributedDataParallel itself, with one process."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    try:
+        layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+        layers.forward = lambda x: layers[0](x)
+        model = torch.nn.parallel.DistributedDataParallel(layers)
+        with pytest.raises(RuntimeError) as caught:
+            for _ in range(2):
+                model(torch.ones(1, 2)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    message = str(explain_error(caught.value))
+    assert 'set find_unused_parameters=True' in message
