@@ -15,6 +15,7 @@ from mmvvt.ops import (
     vicinity_attention,
 )
 from mmvvt.ops.reference import magnitude_clamp as plain_magnitude_clamp
+from mmvvt.ops.unflatten import unflatten
 
 
 class VicinityAttention(BaseModule):
@@ -112,7 +113,7 @@ class VicinityAttention(BaseModule):
 
     def _split_heads(self, t: Tensor) -> Tensor:
         # (B, N, C / fr) -> (B, N, heads, d) -> (B, heads, N, d)
-        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return unflatten(t, -1, (self.num_heads, -1)).transpose(1, 2)
 
     def _reduce_grid(self, x: Tensor, spatial_shape: Tuple[int, int]):
         """Return the input tokens of keys and values, and their grid."""
@@ -125,7 +126,7 @@ class VicinityAttention(BaseModule):
                 f'{tuple(spatial_shape)}'
             )
         # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)
-        x = x.unflatten(1, spatial_shape).permute(0, 3, 1, 2)
+        x = unflatten(x, 1, spatial_shape).permute(0, 3, 1, 2)
         x = self.sr(x)  # (B, C, h / sr, w / sr)
         key_shape = (x.shape[2], x.shape[3])
         # (B, C, h / sr, w / sr) -> (B, C, M) -> (B, M, C)

@@ -4,6 +4,7 @@ import math
 import warnings
 from typing import Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint as cp
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
 from mmvvt.errors import UserError
+from mmvvt.ops.autograd import in_torch_func
+from mmvvt.ops.unflatten import unflatten
 
 from . import strips
 from .attention import VicinityAttention
@@ -134,8 +137,9 @@ class OverlapPatchEmbed(BaseModule):
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
         """Map ``(B, C_in, H, W)`` to ``(B, h * w, C)`` and ``(h, w)``."""
-        # Channels last: the tokens are a view of the convolution output.
-        x = x.contiguous(memory_format=torch.channels_last)
+        if not in_torch_func():  # vmap has no memory formats
+            # Channels last: the tokens are a view of the convolution output.
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.proj(x)  # (B, C, h, w)
         spatial_shape = (x.shape[2], x.shape[3])
         # (B, C, h, w) -> (B, C, N) -> (B, N, C)
@@ -215,9 +219,7 @@ class VVT(BaseModule):
                 raise UserError(f'{name} must be in [0, 1), got {rate!r}')
 
         depths = settings['depths']
-        drop_path_rates = torch.linspace(
-            0, drop_path_rate, sum(depths), device='cpu'
-        ).tolist()
+        drop_path_rates = np.linspace(0, drop_path_rate, sum(depths)).tolist()
         for i, dims in enumerate(self.embed_dims):
             first = i == 0
             patch_embed = OverlapPatchEmbed(
@@ -351,7 +353,7 @@ class VVT(BaseModule):
             for block in blocks:
                 x = block(x, spatial_shape)
             # (B, N, C) -> (B, h, w, C) -> (B, C, h, w), channels last
-            x = norm(x).unflatten(1, spatial_shape).permute(0, 3, 1, 2)
+            x = unflatten(norm(x), 1, spatial_shape).permute(0, 3, 1, 2)
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)

@@ -125,10 +125,10 @@ def _from_cache(
     Returns:
         tuple[Tensor, ...]: The tables. They must not be modified in place.
     """
-    if is_transformed():
+    if is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         # A compiler fuses the computation of the table into its kernel.
         # Reading the cache while tracing would specialise the graph to one
-        # grid.
+        # grid, and a dispatch mode may require its own kind of tensors.
         return build(*key)
     entry = (build, *key)
     with _lock:

@@ -1,6 +1,5 @@
 """Vicinity attention: argument checks and dispatch to a backend."""
 
-from contextlib import nullcontext
 from typing import Optional, Tuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import linear, reference
 from .angles import LOCALITIES
+from .autograd import without_autocast
 from .dispatch import check_backend, check_grid
 
 TRITON_HEAD_DIM = 128  # maximum number of channels per head
@@ -140,13 +140,7 @@ def vicinity_attention(
             q, k, v, query_shape, key_shape, locality, clamp, eps
         )
 
-    device_type = q.device.type
-    autocast_on = torch.is_autocast_enabled(device_type)
-    with (
-        torch.autocast(device_type, enabled=False)
-        if autocast_on
-        else nullcontext()
-    ):
+    with without_autocast(q):
         if backend == 'torch':
             return linear.linear_attention(
                 q, k, v, query_shape, key_shape, locality, clamp, eps

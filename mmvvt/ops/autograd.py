@@ -1,8 +1,37 @@
-"""Conditions for using a custom autograd function."""
+"""Autocast, and conditions for using a custom autograd function."""
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+
+def autocast_enabled(t: Tensor) -> bool:
+    """Check whether autocast is enabled for the device of a tensor.
+
+    Args:
+        t (Tensor): Tensor on any device, including 'meta', which has no
+            autocast.
+
+    Returns:
+        bool: True if autocast is enabled.
+    """
+    device = t.device.type
+    return device != 'meta' and torch.is_autocast_enabled(device)
+
+
+def without_autocast(t: Tensor):
+    """Return a context in which autocast is disabled for a tensor's device."""
+    if not autocast_enabled(t):
+        return nullcontext()
+    return torch.autocast(t.device.type, enabled=False)
+
+
+def in_torch_func() -> bool:
+    """Check whether a transform of ``torch.func`` is active."""
+    # PyTorch has no public API for this check.
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_transformed() -> bool:
@@ -19,8 +48,8 @@ def is_transformed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        # PyTorch has no public API for the following two checks.
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_torch_func()
+        # PyTorch has no public API for this check.
         or forward_ad._current_level >= 0
     )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .autograd import autocast_enabled
 from .dispatch import check_backend, check_grid
 
 
@@ -46,6 +47,6 @@ def dwconv_gelu(
     check_backend('triton', dict(x=x, weight=weight, bias=bias))
     from .triton_kernels import dwconv_gelu as kernels
 
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return kernels.dwconv_gelu(x, weight, bias, spatial_shape)

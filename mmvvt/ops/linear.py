@@ -19,8 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .angles import axis_factors, token_factors
-from .autograd import is_transformed, needs_custom_backward
+from .autograd import (
+    is_transformed,
+    needs_custom_backward,
+    without_autocast,
+)
 from .clamp import CLAMP_MAX, CLAMP_MIN, magnitude_clamp, mask_clamp_grad
+from .unflatten import unflatten
 
 Shape = Tuple[int, int]
 
@@ -85,10 +90,10 @@ def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
         # (B, heads, n * d, N) @ (B, heads, N, e) -> (B, heads, n * d, e)
         sums = _features(k, shape, locality).transpose(-2, -1) @ v
         # (B, heads, n * d, e) -> (B, heads, n, d, e)
-        return sums.unflatten(-2, (-1, k.shape[-1]))
+        return unflatten(sums, -2, (-1, k.shape[-1]))
     to_rows, to_cols = axis_factors(shape, k.dtype, k.device)
-    k = k.unflatten(-2, shape)  # (B, heads, h, w, d)
-    v = v.unflatten(-2, shape)  # (B, heads, h, w, e)
+    k = unflatten(k, -2, shape)  # (B, heads, h, w, d)
+    v = unflatten(v, -2, shape)  # (B, heads, h, w, e)
     per_row = k.transpose(-2, -1) @ v  # (B, heads, h, d, e)
     k, v = k.transpose(-3, -2), v.transpose(-3, -2)  # (B, heads, w, h, .)
     per_col = k.transpose(-2, -1) @ v  # (B, heads, w, d, e)
@@ -98,7 +103,8 @@ def sum_tokens(k: Tensor, v: Tensor, shape: Shape, locality: str) -> Tensor:
     sums = torch.cat(
         [to_rows @ per_row.flatten(-2), to_cols @ per_col.flatten(-2)], dim=-2
     )
-    return sums.unflatten(-1, per_row.shape[-2:])  # (B, heads, 4, d, e)
+    # (B, heads, 4, d * e) -> (B, heads, 4, d, e)
+    return unflatten(sums, -1, per_row.shape[-2:])
 
 
 def spread_sums(
@@ -130,9 +136,9 @@ def spread_sums(
     matrix = sums.shape[-2:]
     # Rows: (h, 2) @ (B, heads, 2, d * e) -> (B, heads, h, d, e)
     # Columns: (w, 2) @ (B, heads, 2, d * e) -> (B, heads, w, d, e)
-    of_rows = (to_rows.t() @ row_sums).unflatten(-1, matrix)
-    of_cols = (to_cols.t() @ col_sums).unflatten(-1, matrix)
-    q = q.unflatten(-2, shape)  # (B, heads, h, w, d)
+    of_rows = unflatten(to_rows.t() @ row_sums, -1, matrix)
+    of_cols = unflatten(to_cols.t() @ col_sums, -1, matrix)
+    q = unflatten(q, -2, shape)  # (B, heads, h, w, d)
     by_col = q.transpose(-3, -2) @ of_cols  # (B, heads, w, h, e)
     out = q @ of_rows + by_col.transpose(-3, -2)  # (B, heads, h, w, e)
     return out.flatten(-3, -2)  # (B, heads, h * w, e)
@@ -343,7 +349,7 @@ class _LinearAttention(torch.autograd.Function):
         *inputs, sums = ctx.saved_tensors
         # The backward pass may be called inside an autocast context. Disable
         # autocast, so that the sums are not accumulated in lower precision.
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             if torch.is_grad_enabled():
                 grads = _differentiable_grads(grad, inputs, ctx.settings)
             else:
