@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Sequence
 
 from .errors import WriteError
 
@@ -71,6 +71,46 @@ def atomic_write(
             _remove(temporary)
     if fault is not None:
         raise WriteError(_explain(fault, path, size)) from fault
+
+
+@contextmanager
+def atomic_group(
+    path: str, companions: Sequence[str] = (), size: Optional[int] = None
+) -> Iterator[str]:
+    """Write a file and its companions in a temporary folder, then rename.
+
+    If the block raises, the temporary folder is removed and existing files
+    are not changed. The companions are renamed before the file.
+
+    Args:
+        path (str): The file to write, in an existing folder.
+        companions (Sequence[str]): Suffixes of further files, which replace
+            the suffix of ``path``. Defaults to none.
+        size (int, optional): Number of bytes that will be written, for the
+            message if the disk is full. Defaults to None.
+
+    Yields:
+        str: Path in the temporary folder to write to, with the name of
+        ``path``.
+
+    Raises:
+        WriteError: If the files cannot be written, for example because the
+            disk is full. It names the path and the reason.
+    """
+    parent = os.path.dirname(os.path.abspath(path))
+    stem = os.path.splitext(path)[0]
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=parent, prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True
+        ) as folder:
+            temporary = os.path.join(folder, os.path.basename(path))
+            yield temporary
+            for suffix in companions:
+                source = os.path.splitext(temporary)[0] + suffix
+                _rename(source, stem + suffix, is_dir=False)
+            _rename(temporary, path, is_dir=False)
+    except OSError as error:
+        raise WriteError(_explain(error, path, size)) from error
 
 
 def _explain(error: OSError, path: str, size: Optional[int]) -> str:

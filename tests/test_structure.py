@@ -13,7 +13,7 @@ FLOORS = [
     ['mmvvt.errors'],
     ['mmvvt.arch', 'mmvvt.fileio'],
     # subpackages of ops
-    ['mmvvt.ops.autograd', 'mmvvt.ops.dispatch'],
+    ['mmvvt.ops.autograd', 'mmvvt.ops.dispatch', 'mmvvt.ops.unflatten'],
     ['mmvvt.ops.angles', 'mmvvt.ops.clamp'],
     ['mmvvt.ops.linear', 'mmvvt.ops.reference'],
     ['mmvvt.ops.strips', 'mmvvt.ops.triton_kernels'],
@@ -23,6 +23,7 @@ FLOORS = [
     ['mmvvt.models'],
     ['mmvvt.datasets'],
     ['mmvvt.engine'],
+    ['mmvvt.deploy'],
     ['mmvvt.analysis'],
     ['mmvvt.visualization'],
     ['mmvvt.preflight'],

@@ -1,7 +1,6 @@
 """Inference on images with a trained model, with visualization."""
 
 import os
-import warnings
 from abc import ABC, abstractmethod
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
 
@@ -11,18 +10,12 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
-from mmengine.runner import load_checkpoint
 from mmengine.structures import BaseDataElement
 from mmengine.utils import scandir
 
 from ..errors import UserError
 from ..fileio import atomic_write
-from ..preflight import (
-    build_model,
-    check_checkpoint,
-    class_names,
-    read_config,
-)
+from ..preflight import class_names, read_config
 from ..visualization.predictions import (
     Colour,
     distinct_colour,
@@ -30,6 +23,7 @@ from ..visualization.predictions import (
     draw_detection,
     draw_segmentation,
 )
+from .loading import load_model
 from .pipeline import TestPipeline
 
 SUFFIXES = (
@@ -306,19 +300,9 @@ class Predictor:
         self.score_thr = score_thr
         self.device = choose_device(device)
         cfg = read_config(config)
-        checkpoint = os.path.expanduser(checkpoint)
-        if not os.path.isfile(checkpoint) and '://' not in checkpoint:
-            raise UserError(f'no such checkpoint file: {checkpoint}')
-        with warnings.catch_warnings():
-            # Losses warn about settings that matter in training only.
-            warnings.simplefilter('ignore')
-            model = build_model(cfg)
+        model, meta = load_model(cfg, checkpoint)
         self._task = _find_task(model, cfg)
         self.pipeline = TestPipeline(cfg)
-        check_checkpoint(checkpoint, model)
-        meta = load_checkpoint(
-            model, checkpoint, map_location='cpu', logger='silent'
-        ).get('meta')
         # Synchronised batch norm needs a GPU, even in evaluation mode.
         self.model: Any = revert_sync_batchnorm(model)
         self.model.to(self.device).eval()
