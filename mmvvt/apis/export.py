@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..deploy.formats import FORMATS, require
 from ..deploy.networks import Preprocess, build_network, to_half
-from ..deploy.quantize import QUANTIZABLE, quantize
+from ..deploy.quantize import QUANTIZERS, quantize
 from ..deploy.verify import TOLERANCES, compare, verification_shapes
 from ..errors import UserError, WriteError
 from ..fileio import atomic_group
@@ -70,13 +70,13 @@ def _check_arguments(
     require(*FORMATS[format].packages)
     if half and int8:
         raise UserError('half and int8 cannot be combined')
-    if int8 and format not in QUANTIZABLE:
+    if int8 and format not in QUANTIZERS:
         raise UserError(
-            f'int8 requires one of the formats {", ".join(QUANTIZABLE)}, got '
+            f'int8 requires one of the formats {", ".join(QUANTIZERS)}, got '
             f'{format}'
         )
     if int8:
-        require('nncf')
+        require(QUANTIZERS[format])
     if fixed_size is None:
         return None
     sizes = tuple(fixed_size)

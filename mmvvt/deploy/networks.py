@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models import VVT
 from ..models.image_form import ImageForm
+from ..models.stock import is_unmodified
 
 EXPORTABLE = (
     'classifiers of mmpretrain with one head, EncoderDecoder of mmseg, '
@@ -72,7 +73,7 @@ class _AdaptiveAvgPool(nn.Module):
 
 def _dynamic_layer(layer: nn.Module, norm: str) -> Optional[nn.Module]:
     """Return a replacement with a dynamic size, or None to keep a layer."""
-    if type(layer) is VVT:
+    if is_unmodified(layer, VVT):
         return ImageForm(layer, norm)
     name = f'{type(layer).__module__}.{type(layer).__name__}'
     scale: Any = getattr(layer, 'scale_factor', None)
@@ -145,11 +146,10 @@ class BackboneNetwork(Network):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        vvt = getattr(model, 'vvt', model)
-        indices = getattr(vvt, 'out_indices', None)
+        indices = getattr(model, 'out_indices', None)
         if not isinstance(indices, (tuple, list)):
             raise UserError(
-                f'the backbone {type(vvt).__name__} has no out_indices, '
+                f'the backbone {type(model).__name__} has no out_indices, '
                 'which name its outputs'
             )
         self.output_names = [f'feature_{index}' for index in indices]
@@ -448,7 +448,7 @@ def build_network(
     if backbone:
         model = getattr(model, 'backbone', model)
     build: Callable[[nn.Module], Network]
-    if backbone or type(model) is VVT:
+    if backbone or isinstance(model, VVT):
         build, task = BackboneNetwork, 'backbone'
     elif ('mmpretrain', 'BaseClassifier') in kinds:
         build, task = ClassifierNetwork, 'classifier'

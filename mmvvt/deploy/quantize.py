@@ -1,12 +1,14 @@
-"""Quantisation to 8-bit integers with NNCF."""
+"""Quantisation to 8-bit integers with ONNX Runtime and NNCF."""
 
+import logging
 from typing import Any, List
 
 from torch import Tensor
 
 from .formats import FORMATS, INPUT_NAME, require
 
-QUANTIZABLE = ('onnx', 'openvino')
+# Formats and the package that quantises them.
+QUANTIZERS = dict(onnx='onnxruntime', openvino='nncf')
 
 
 def quantize(
@@ -14,40 +16,63 @@ def quantize(
 ) -> None:
     """Quantise the convolutions of an exported file.
 
-    The products of the attention stay in float32: their sums and clamps
-    extend over eight orders of magnitude.
+    Linear layers are convolutions in exported files. The products of the
+    attention stay in float32: their sums extend over many orders of
+    magnitude. Weights are quantised per channel.
 
     Args:
         source (str): Exported file in float32.
         path (str): Path of the file to write.
-        name (str): Format of both: one of :data:`QUANTIZABLE`.
+        name (str): Format of both: a key of :data:`QUANTIZERS`.
         images (list[Tensor]): Calibration images ``(1, C, H, W)``.
         metadata (dict[str, str]): Stored in the file.
 
     Raises:
-        UserError: If NNCF is not installed.
+        UserError: If the quantiser is not installed.
     """
-    (nncf,) = require('nncf')
-    model: Any
     if name == 'onnx':
-        (onnx,) = require('onnx')
-        model = onnx.load(source)
-
-        def feed(image: Tensor):
-            return {INPUT_NAME: image.numpy()}
-
+        _quantize_onnx(source, path, images)
     else:
-        (openvino,) = require('openvino')
-        model = openvino.Core().read_model(source)
+        _quantize_openvino(source, path, images, metadata)
 
-        def feed(image: Tensor):
-            return image.numpy()
 
+def _quantize_onnx(source: str, path: str, images: List[Tensor]) -> None:
+    (quantization,) = require('onnxruntime.quantization')
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.images = iter(images)
+
+        def get_next(self):
+            image = next(self.images, None)
+            return None if image is None else {INPUT_NAME: image.numpy()}
+
+    # It recommends its own preprocessing, which the exporter has done.
+    logging.disable(logging.WARNING)
+    try:
+        quantization.quantize_static(
+            source,
+            path,
+            Reader(),
+            per_channel=True,
+            op_types_to_quantize=['Conv'],
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _quantize_openvino(
+    source: str, path: str, images: List[Tensor], metadata: dict
+) -> None:
+    nncf, openvino = require('nncf', 'openvino')
+    nncf.set_log_level(logging.ERROR)
     quantized = nncf.quantize(
-        model,
-        nncf.Dataset(images, feed),
+        openvino.Core().read_model(source),
+        nncf.Dataset(images, lambda image: image.numpy()),
         subset_size=len(images),
+        # Leaves the normalisation and the attention in float32.
+        model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(types=['MatMul'], validate=False),
     )
-    form: Any = FORMATS[name]
+    form: Any = FORMATS['openvino']
     form.save(quantized, path, metadata)

@@ -2,6 +2,7 @@
 
 from .checkpoint_hook import SafeCheckpointHook
 from .hooks import (
+    CompileBackboneHook,
     EpochSeedHook,
     MeanLossHook,
     SkippedFilesHook,
@@ -12,6 +13,7 @@ from .optim_constructor import MergedOptimWrapperConstructor
 from .optim_wrapper import auto_amp_optim_wrapper
 
 __all__ = [
+    'CompileBackboneHook',
     'DumpPredictions',
     'EpochSeedHook',
     'MeanLossHook',

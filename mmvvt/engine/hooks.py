@@ -1,4 +1,4 @@
-"""Hooks for reproducible training when resuming or using several processes."""
+"""Hooks for reproducible and compiled training, and for several processes."""
 
 import os
 import random
@@ -6,10 +6,13 @@ from typing import Any, Dict, List
 
 import numpy as np
 import torch
+import torch.nn as nn
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import FUNCTIONS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop
+
+from ..errors import UserError
 
 MAX_SEED = 2**32  # Exclusive upper limit of seeds in NumPy
 
@@ -139,3 +142,64 @@ class MeanLossHook(Hook):
                 values.setdefault(name, []).append(value)
         for name, parts in values.items():
             losses[name] = torch.tensor(sum(parts) / len(parts))
+
+
+@HOOKS.register_module()
+class CompileBackboneHook(Hook):
+    """Compile the backbone with ``torch.compile``, and nothing else.
+
+    The setting ``compile=True`` of mmengine compiles the complete
+    ``train_step``: the data preprocessor with its batch augmentations, the
+    head and the optimizer step. Dynamo cannot trace all of them: mmpretrain's
+    Mixup, for example, draws its ratio with NumPy. The backbone is where
+    most time is spent, and it compiles to a single graph for any image size.
+
+    The backbone is compiled in place by :meth:`torch.nn.Module.compile`, so
+    that checkpoints have the same keys as those of a model that is not
+    compiled. It is compiled at its first call, which takes minutes.
+
+    Args:
+        **options: Arguments of :func:`torch.compile`, such as
+            ``dynamic=True`` for images of many sizes.
+    """
+
+    def __init__(self, **options):
+        self.options = options
+
+    def _compile(self, runner) -> None:
+        model = runner.model
+        # Wrappers for several processes or test-time augmentation
+        while not hasattr(model, 'backbone') and hasattr(model, 'module'):
+            model = model.module
+        backbone = getattr(model, 'backbone', None)
+        if not isinstance(backbone, nn.Module):
+            raise UserError(
+                'CompileBackboneHook requires a model with a backbone, got '
+                f'{type(model).__name__}; remove the hook from custom_hooks'
+            )
+        if backbone._compiled_call_impl is not None:
+            return  # Validation follows training.
+        options = ', '.join(f'{k}={v!r}' for k, v in self.options.items())
+        try:
+            backbone.compile(**self.options)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f'CompileBackboneHook cannot call torch.compile({options}): '
+                f'{error}'
+            ) from error
+        runner.logger.info(
+            f'{type(backbone).__name__} is compiled by torch.compile'
+            f'({options}) when it is first called'
+        )
+
+    def before_train(self, runner) -> None:
+        """Compile the backbone before training."""
+        self._compile(runner)
+
+    def before_val(self, runner) -> None:
+        """Compile the backbone before validation without training."""
+        self._compile(runner)
+
+    def before_test(self, runner) -> None:
+        """Compile the backbone before testing."""
+        self._compile(runner)

@@ -9,7 +9,7 @@ channel-first matrices. The weights are those of the VVT, and the results are
 equal up to rounding errors. docs/deploy.md has the measurements.
 """
 
-from typing import Any, List, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ from mmvvt.ops.angles import token_factors
 from mmvvt.ops.clamp import CLAMP_MAX, CLAMP_MIN
 from mmvvt.ops.unflatten import unflatten
 
-from .stock import StockLayer, find_difference
+from .stock import StockLayer, find_difference, is_unmodified
 from .strips import LAYERS
 from .vvt import VVT, OverlapPatchEmbed, VVTBlock
 
@@ -29,10 +29,19 @@ NORMS = ('tokens', 'channels')
 PATCH_EMBED = dict(proj=StockLayer(nn.Conv2d), norm=StockLayer(nn.LayerNorm))
 
 
-def _linear(x: Tensor, layer: Any) -> Tensor:
-    """Apply a linear layer to each pixel of ``(B, C, h, w)``."""
+def _convolution(layer: nn.Linear) -> nn.Conv2d:
+    """Return a 1x1 convolution that shares the weights of a linear layer."""
+    out_channels, in_channels = layer.weight.shape
+    convolution = nn.Conv2d(in_channels, out_channels, 1, device='meta')
     # (C_out, C_in) -> (C_out, C_in, 1, 1)
-    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+    convolution.weight = nn.Parameter(
+        layer.weight[:, :, None, None], requires_grad=False
+    )
+    bias: Optional[Tensor] = layer.bias
+    convolution.bias = (
+        None if bias is None else nn.Parameter(bias, requires_grad=False)
+    )
+    return convolution
 
 
 def _magnitude_clamp(t: Tensor) -> Tensor:
@@ -69,10 +78,32 @@ def _layer_norm(x: Tensor, norm: Any, form: str) -> Tensor:
 class _ImageBlock(nn.Module):
     """A :class:`VVTBlock` with its stock layers, on images."""
 
-    def __init__(self, block: VVTBlock, norm: str):
+    def __init__(self, block: Any, norm: str):
         super().__init__()
-        self.block = block
+        attn, mlp = block.attn, block.mlp
         self.norm = norm
+        self.num_heads = attn.num_heads
+        self.locality = attn.locality
+        self.clamp = attn.clamp
+        self.eps = attn.eps
+        self.norm1 = block.norm1
+        self.q_proj = _convolution(attn.q_proj)
+        self.k_proj = _convolution(attn.k_proj)
+        self.v_proj = _convolution(attn.v_proj)
+        self.out_proj = _convolution(attn.out_proj)
+        self.se_fc = nn.Sequential(
+            _convolution(attn.se_fc[0]),
+            nn.ReLU(),
+            _convolution(attn.se_fc[2]),
+            nn.Sigmoid(),
+        )
+        self.norm2 = block.norm2
+        self.mlp = nn.Sequential(
+            _convolution(mlp.fc1),
+            mlp.dwconv.dwconv,
+            mlp.act,
+            _convolution(mlp.fc2),
+        )
 
     def _features(self, t: Tensor, factors: Tensor, heads: int) -> Tensor:
         # (B, heads * d, h, w) -> (B, heads, 1, d, N)
@@ -81,26 +112,19 @@ class _ImageBlock(nn.Module):
         return (t * factors).flatten(2, 3)
 
     def _attend(self, x: Tensor) -> Tensor:
-        attn: Any = self.block.attn
-        clamp = _magnitude_clamp if attn.clamp else nn.Identity()
+        clamp = _magnitude_clamp if self.clamp else nn.Identity()
         # (B, C, h, w) -> (B, C, 1, 1)
-        gate = x.mean(dim=(2, 3), keepdim=True)
-        gate = _linear(gate, attn.se_fc[0]).relu()
-        gate = _linear(gate, attn.se_fc[2]).sigmoid()
-
-        q, k, v = (
-            _linear(x, layer)
-            for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
+        gate = self.se_fc(x.mean(dim=(2, 3), keepdim=True))
+        q, k, v = self.q_proj(x).relu(), self.k_proj(x).relu(), self.v_proj(x)
         # Sums are accumulated in float32.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        q, k, v = q.relu().to(dtype), k.relu().to(dtype), v.to(dtype)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         batch, channels, height, width = q.shape
-        heads = attn.num_heads
+        heads = self.num_heads
         factors = q.new_ones(1, 1, 1)
-        if attn.locality != 'none':
+        if self.locality != 'none':
             factors = token_factors(
-                (height, width), attn.locality, dtype, q.device
+                (height, width), self.locality, dtype, q.device
             )
             factors = factors.t()[:, None]  # (N, n) -> (n, 1, N)
         k = self._features(k, factors, heads)  # (B, heads, n * d, N)
@@ -113,22 +137,19 @@ class _ImageBlock(nn.Module):
         # The sums of keys, in the last row, are not clamped.
         sums = torch.cat([clamp(sums[:, :, :-1]), sums[:, :, -1:]], dim=2)
         products = sums @ q  # (B, heads, d + 1, N)
-        normaliser = (products[:, :, -1:] + attn.eps).reciprocal()
-        if attn.clamp:  # It is positive.
+        normaliser = (products[:, :, -1:] + self.eps).reciprocal()
+        if self.clamp:  # It is positive.
             normaliser = normaliser.clamp(CLAMP_MIN, CLAMP_MAX)
         out = clamp(clamp(products[:, :, :-1]) * normaliser)
         # (B, heads, d, N) -> (B, heads * d, h, w)
         out = out.reshape(batch, channels, height, width).to(x.dtype)
-        out = clamp(_linear(out, attn.out_proj))
+        out = clamp(self.out_proj(out))
         return clamp(out + out * gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
-        block: Any = self.block
-        x = x + self._attend(_layer_norm(x, block.norm1, self.norm))
-        mlp = block.mlp
-        t = _linear(_layer_norm(x, block.norm2, self.norm), mlp.fc1)
-        return x + _linear(mlp.act(mlp.dwconv.dwconv(t)), mlp.fc2)
+        x = x + self._attend(_layer_norm(x, self.norm1, self.norm))
+        return x + self.mlp(_layer_norm(x, self.norm2, self.norm))
 
 
 class _TokenBlock(nn.Module):
@@ -145,6 +166,33 @@ class _TokenBlock(nn.Module):
         tokens = self.block(x.flatten(2).transpose(1, 2), spatial_shape)
         # (B, N, C) -> (B, C, N) -> (B, C, h, w)
         return unflatten(tokens.transpose(1, 2), 2, spatial_shape)
+
+
+class _TokenEmbed(nn.Module):
+    """A patch embedding that has been modified; it is called as usual."""
+
+    def __init__(self, patch_embed: nn.Module):
+        super().__init__()
+        self.patch_embed = patch_embed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C_in, H, W)`` to ``(B, C, h, w)``."""
+        tokens, spatial_shape = self.patch_embed(x)
+        # (B, N, C) -> (B, C, N) -> (B, C, h, w)
+        return unflatten(tokens.transpose(1, 2), 2, spatial_shape)
+
+
+class _ImageNorm(nn.Module):
+    """A LayerNorm over the channels of an image."""
+
+    def __init__(self, layer: nn.Module, norm: str):
+        super().__init__()
+        self.layer = layer
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
+        return _layer_norm(x, self.layer, self.norm)
 
 
 class ImageForm(nn.Module):
@@ -169,50 +217,46 @@ class ImageForm(nn.Module):
         if norm not in NORMS:
             raise UserError(f'norm must be one of {NORMS}, got {norm!r}')
         self.vvt = vvt
-        self.norm = norm
-        self.blocks = nn.ModuleList()
-        self.stock_embed: List[bool] = []
+        self.out_indices = vvt.out_indices
+        self.stages = nn.ModuleList()
+        self.norms = nn.ModuleList()
         for index in range(vvt.out_indices[-1] + 1):
             patch_embed, blocks, stage_norm = vvt._stage(index)
-            x = next(stage_norm.parameters()).new_empty(
-                1, 1, vvt.embed_dims[index]
-            )
-            self.blocks.append(
+            x = next(vvt.parameters()).new_empty(1, 1, vvt.embed_dims[index])
+            self.stages.append(
                 nn.Sequential(
-                    *(
-                        _ImageBlock(block, norm)
-                        if type(block) is VVTBlock
-                        and 'forward' not in vars(block)
-                        and find_difference(block, LAYERS, x) is None
-                        else _TokenBlock(block)
-                        for block in blocks
-                    )
+                    self._embed_form(patch_embed, norm, x),
+                    *(self._block_form(block, norm, x) for block in blocks),
                 )
             )
-            self.stock_embed.append(
-                type(patch_embed) is OverlapPatchEmbed
-                and find_difference(patch_embed, PATCH_EMBED, x) is None
-            )
+            self.norms.append(_ImageNorm(stage_norm, norm))
         self.eval()
 
-    def _embed(self, x: Tensor, index: int) -> Tensor:
-        """Map ``(B, C_in, H, W)`` to normalised patches ``(B, C, h, w)``."""
-        patch_embed, _, _ = self.vvt._stage(index)
-        if self.stock_embed[index]:
-            return _layer_norm(
-                patch_embed.proj(x), patch_embed.norm, self.norm
+    @staticmethod
+    def _embed_form(patch_embed: Any, norm: str, x: Tensor) -> nn.Module:
+        if (
+            is_unmodified(patch_embed, OverlapPatchEmbed)
+            and find_difference(patch_embed, PATCH_EMBED, x) is None
+        ):
+            return nn.Sequential(
+                patch_embed.proj, _ImageNorm(patch_embed.norm, norm)
             )
-        tokens, (height, width) = patch_embed(x)
-        # (B, N, C) -> (B, C, N) -> (B, C, h, w)
-        return unflatten(tokens.transpose(1, 2), 2, (height, width))
+        return _TokenEmbed(patch_embed)
+
+    @staticmethod
+    def _block_form(block: nn.Module, norm: str, x: Tensor) -> nn.Module:
+        if (
+            is_unmodified(block, VVTBlock)
+            and find_difference(block, LAYERS, x) is None
+        ):
+            return _ImageBlock(block, norm)
+        return _TokenBlock(block)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Compute the outputs of :meth:`VVT.forward`."""
         outs = []
-        for index, blocks in enumerate(self.blocks):
-            _, _, norm = self.vvt._stage(index)
-            x = blocks(self._embed(x, index))  # (B, C, h, w)
-            x = _layer_norm(x, norm, self.norm)
-            if index in self.vvt.out_indices:
+        for index, (stage, norm) in enumerate(zip(self.stages, self.norms)):
+            x = norm(stage(x))
+            if index in self.out_indices:
                 outs.append(x)
         return tuple(outs)

@@ -134,6 +134,24 @@ def _difference(
     return None
 
 
+def is_unmodified(module: nn.Module, cls: Type[nn.Module]) -> bool:
+    """Check the class of a module, and that it has no hooks of its own.
+
+    Args:
+        module (nn.Module): The module; its children are not checked.
+        cls (type): Exact class; subclasses do not match.
+
+    Returns:
+        bool: True if calling the module calls ``cls.forward`` only.
+    """
+    own = vars(module)
+    return (
+        type(module) is cls
+        and not frozenset(dir(cls)).intersection(own)
+        and not any(own[name] for name in HOOKS)
+    )
+
+
 def find_difference(
     module: nn.Module,
     layers: Mapping[str, StockLayer],
