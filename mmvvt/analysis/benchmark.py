@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -251,7 +251,10 @@ def peak_memory(
 
 
 def alternate(
-    sides: List[Callable[[], None]], runs: int, warmup: int = 1
+    sides: Sequence[Callable[[], Any]],
+    runs: int,
+    warmup: int = 1,
+    pause: float = 0.0,
 ) -> List[Timing]:
     """Time functions with interleaved runs.
 
@@ -262,6 +265,9 @@ def alternate(
         sides (list[Callable]): Functions to time.
         runs (int): Number of timed runs of each function.
         warmup (int): Number of warm-up runs of each function. Defaults to 1.
+        pause (float): Seconds to sleep before each run. The idle threads of
+            some libraries keep a processor busy for a while after a run.
+            Defaults to 0.
 
     Returns:
         list[Timing]: Timing of each function, in the same order.
@@ -270,6 +276,8 @@ def alternate(
     for run in range(warmup + runs):
         for side, times in zip(sides, seconds):
             _wait()
+            if pause:
+                time.sleep(pause)
             start = time.perf_counter()
             side()
             _wait()
@@ -383,8 +391,9 @@ class Row:
     Attributes:
         model (str): One of :data:`NAMES`.
         mode (str): 'forward' or 'train_step'.
-        engine (str): 'eager' or 'compiled'.
-        dtype (str): 'float32', or the dtype of autocast.
+        engine (str): One of :data:`mmvvt.analysis.engines.ENGINES`.
+        dtype (str): 'float32', or the dtype of autocast. For OpenVINO, the
+            precision of its inference.
         batch (int): Batch size.
         side (int): Height and width of the images, in pixels.
         runs (int): Number of timed runs.
@@ -409,6 +418,17 @@ class Row:
     peak_gib: Optional[float]
     machine: str
 
+    @property
+    def label(self) -> str:
+        """The model, and the engine unless it is PyTorch."""
+        if self.engine == 'pytorch':
+            return self.model
+        return f'{self.model} {self.engine}'
+
+
+# Earlier names of engines in CSV files.
+OLD_ENGINES = dict(eager='pytorch')
+
 
 def write_csv(path: str, rows: List[Row]) -> None:
     """Write rows to a CSV file with a header."""
@@ -426,6 +446,8 @@ def write_csv(path: str, rows: List[Row]) -> None:
 
 def read_csv(path: str) -> List[Row]:
     """Read a CSV file written by :func:`write_csv`.
+
+    Earlier versions wrote 'eager' for the engine 'pytorch'.
 
     Args:
         path (str): Path of the CSV file.
@@ -452,7 +474,7 @@ def read_csv(path: str) -> List[Row]:
         Row(
             model=line['model'],
             mode=line['mode'],
-            engine=line['engine'],
+            engine=OLD_ENGINES.get(line['engine'], line['engine']),
             dtype=line['dtype'],
             batch=int(line['batch']),
             side=int(line['side']),

@@ -198,13 +198,23 @@ class OpenVinoFormat(Format):
             model.set_rt_info(value, [METADATA_KEY, key])
         openvino.save_model(model, path, compress_to_fp16=False)
 
-    def open(self, path, threads=None) -> Runner:
-        """Open a file in its engine, see :meth:`Format.open`."""
+    def open(self, path, threads=None, precision='f32') -> Runner:
+        """Open a file in its engine, see :meth:`Format.open`.
+
+        Args:
+            path (str): Path of the file.
+            threads (int, optional): Number of threads. Defaults to None.
+            precision (str): 'f32', or 'bf16' on a processor that computes in
+                bfloat16. Defaults to 'f32'.
+
+        Returns:
+            Callable: Function from images ``(B, C, H, W)`` to the outputs.
+        """
         (openvino,) = require('openvino')
         options: Dict[str, Any] = {
             'PERFORMANCE_HINT': 'LATENCY',
             # By default, some processors compute in bfloat16.
-            'INFERENCE_PRECISION_HINT': 'f32',
+            'INFERENCE_PRECISION_HINT': precision,
         }
         if threads is not None:
             options['INFERENCE_NUM_THREADS'] = threads

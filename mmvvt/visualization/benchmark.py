@@ -7,6 +7,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ..analysis.benchmark import Row
 
+# Line styles and markers of engines. PyTorch's line is solid or, for the
+# reference implementation, dashed.
+LINES = dict(compiled=':', onnxruntime='-.', openvino='-.')
+MARKERS = dict(onnxruntime='^', openvino='s')
 TITLES = dict(forward='forward pass', train_step='training step')
 
 
@@ -15,7 +19,9 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
 
     Each model and engine is one line, with a bar from the 20th to the 80th
     percentile. VVT models are drawn with thicker lines, the reference
-    implementation with dashed lines and compiled models with dotted lines.
+    implementation with dashed lines, compiled models with dotted lines, and
+    models in ONNX Runtime and OpenVINO with dash-dotted lines and triangles
+    and squares as markers.
 
     Args:
         rows (list[Row]): Rows returned by
@@ -55,14 +61,12 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
             style = dict(
                 color=f'C{base.index(model.removesuffix("-plain"))}',
                 linewidth=2.5 if model.startswith('vvt') else 1.3,
-                linestyle=':'
-                if engine == 'compiled'
-                else '--'
-                if model.endswith('-plain')
-                else '-',
-                marker='o',
+                linestyle=LINES.get(
+                    engine, '--' if model.endswith('-plain') else '-'
+                ),
+                marker=MARKERS.get(engine, 'o'),
                 markersize=4,
-                label=model + (' compiled' if engine == 'compiled' else ''),
+                label=picked[0].label,
             )
             sides = [r.side for r in picked]
             if what == 'memory':

@@ -30,6 +30,18 @@ def test_differing_sides_are_not_timed():
         check_same(lambda x: (x * torch.nan,), lambda x: (x,), image, 1e-3)
 
 
+def test_pause_is_not_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr('time.perf_counter', lambda: clock[0])
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr('time.sleep', sleep)
+    (timing,) = alternate([lambda: sleep(2.0)], runs=3, pause=5.0)
+    assert timing.low == timing.median == timing.high == 2.0
+
+
 def test_sides_take_turns():
     order = []
     timings = alternate(
@@ -76,7 +88,7 @@ def test_csv_round_trip(tmp_path):
         Row(
             'vvt-small',
             'forward',
-            'eager',
+            'pytorch',
             'float32',
             1,
             224,
@@ -104,6 +116,11 @@ def test_csv_round_trip(tmp_path):
     ]
     write_csv(tmp_path / 'rows.csv', rows)
     assert read_csv(tmp_path / 'rows.csv') == rows
+    assert [row.label for row in rows] == ['vvt-small', 'resnet-50 compiled']
+    # files of earlier versions
+    text = (tmp_path / 'rows.csv').read_text()
+    (tmp_path / 'old.csv').write_text(text.replace('pytorch', 'eager'))
+    assert read_csv(tmp_path / 'old.csv') == rows
     (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
     with pytest.raises(ValueError, match='its columns must be model, mode'):
         read_csv(tmp_path / 'other.csv')

@@ -95,10 +95,22 @@ def test_benchmark_profile():
         (['--sizes', '224'], "such as 4x224, got '224'"),
         (['--models', 'vvt-huge'], "resnet-50, got 'vvt-huge'"),
         (['--runs', '0'], '--runs must be 1 or more, got 0'),
+        (
+            ['--profile', '--compile'],
+            '--profile allows --engines pytorch, got pytorch compiled',
+        ),
+        (
+            ['--engines', 'pytorch', 'openvino'],
+            'openvino allows --modes forward, got forward train_step',
+        ),
     ],
 )
 def test_benchmark_refuses(arguments, message):
-    done = run_tool('tools/analysis_tools/benchmark.py', *arguments)
+    done = run_tool(
+        'tools/analysis_tools/benchmark.py',
+        *arguments,
+        env=dict(CUDA_VISIBLE_DEVICES=''),
+    )
     assert done.returncode == 1
     assert message in done.stdout.splitlines()[-1]
 

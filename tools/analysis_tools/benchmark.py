@@ -6,9 +6,16 @@ operations, and cosine and sine tables recomputed in each block. The runs of
 all models are interleaved in one process, so that changes in the speed of the
 machine affect all models equally. The outputs of VVT are compared with those
 of the reference implementation before timing.
+
+With --engines onnxruntime openvino, each model is also exported as a backbone
+with dynamic image sizes and timed in these engines, with the number of
+threads of PyTorch. The outputs of the engines are compared with those of
+PyTorch at each size before timing.
 """
 
 import argparse
+import tempfile
+import time
 from functools import partial
 
 import torch
@@ -31,6 +38,14 @@ from mmvvt.analysis.benchmark import (
     train_step,
     write_csv,
 )
+from mmvvt.analysis.engines import (
+    ENGINES,
+    FILES,
+    check_engine,
+    check_engines,
+    export,
+    open_engine,
+)
 from mmvvt.apis import keep_freed_memory
 from mmvvt.cli import run
 from mmvvt.errors import UserError
@@ -38,6 +53,9 @@ from mmvvt.errors import UserError
 STEPS = dict(forward=forward, train_step=train_step)
 # Relative error of float32 feature maps after up to 36 blocks.
 TOLERANCE = 1e-3
+# Seconds between runs if engines share the processor. After a run, a thread
+# of ONNX Runtime waits for work for about 50 ms without sleeping.
+PAUSE = 0.1
 
 
 def parse_args():
@@ -74,9 +92,17 @@ def parse_args():
         help='bfloat16 and float16 use autocast (default: float32)',
     )
     parser.add_argument(
+        '--engines',
+        nargs='+',
+        default=['pytorch'],
+        choices=ENGINES,
+        help='engines to time each model in; compiled is torch.compile, '
+        'onnxruntime and openvino require --modes forward (default: pytorch)',
+    )
+    parser.add_argument(
         '--compile',
         action='store_true',
-        help='also time each model with torch.compile',
+        help='the same as adding compiled to --engines',
     )
     parser.add_argument(
         '--memory',
@@ -118,46 +144,99 @@ def print_group(rows, batch, side, mode):
             f'{batch / row.seconds:.2f} ({batch / row.seconds_p80:.2f} '
             f'to {batch / row.seconds_p20:.2f})'
         )
-        label = row.model + (' compiled' if row.engine == 'compiled' else '')
         peak = 'N/A' if row.peak_gib is None else f'{row.peak_gib:.2f}'
+        ratio = row.seconds / rows[0].seconds
         print(
-            f'{label:28} {speed:>24} {row.seconds / rows[0].seconds:7.2f}x '
-            f'{peak:>9}',
+            f'{row.label:28} {speed:>24} {ratio:7.2f}x {peak:>9}',
             flush=True,
         )
 
 
-def compiled_sides(args, models, image, mode):
-    """Compile the models and skip those for which compilation fails."""
-    sides = []
-    for name, model in zip(args.models, models):
-        compiled = torch.compile(model)
-        try:
-            STEPS[mode](compiled, image, args.dtype)
-        except Exception as error:  # a compiler may raise anything
-            reason = type(error).__name__
-            print(f'{name}: skipped with torch.compile, it raised {reason}')
+def device():
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def export_all(args, models, sizes, folder):
+    """Export the models, and compare the engines with PyTorch.
+
+    Returns:
+        dict: Function from a tensor to a tuple of tensors, by engine and
+        name. Models that cannot be exported are left out.
+    """
+    opened = {}
+    for engine in args.engines:
+        if engine not in FILES:
             continue
-        sides.append(('compiled', name, compiled))
+        for name, model in zip(args.models, models):
+            start = time.perf_counter()
+            try:
+                path = export(model, engine, folder)
+            except UserError:
+                raise
+            except Exception as error:  # an exporter may raise anything
+                reason = type(error).__name__
+                print(
+                    f'{name}: skipped with {engine}, the export raised '
+                    f'{reason}',
+                    flush=True,
+                )
+                continue
+            seconds = time.perf_counter() - start
+            print(f'{name}: exported for {engine} in {seconds:.1f} s')
+            for dtype in dict.fromkeys(('float32', args.dtype)):
+                runner = open_engine(path, engine, dtype)
+                for batch, side in sizes:
+                    image = torch.randn(batch, 3, side, side)
+                    error = check_engine(
+                        name, engine, model, runner, image, dtype
+                    )
+                    print(
+                        f'{name} in {engine} and PyTorch differ by '
+                        f'{error:.1e} at {side} pixels in {dtype}',
+                        flush=True,
+                    )
+            opened[engine, name] = runner
+    return opened
+
+
+def sides_of(args, models, opened, image, mode):
+    """List the engine, the name and a function for each side to time.
+
+    Models for which compilation fails are left out.
+    """
+    sides = []
+    for engine in args.engines:
+        for name, model in zip(args.models, models):
+            if engine in FILES:
+                if (engine, name) in opened:
+                    run = partial(opened[engine, name], image)
+                    sides.append((engine, name, run))
+                continue
+            if engine == 'compiled':
+                model = torch.compile(model)
+            step = partial(STEPS[mode], model, image, args.dtype)
+            if engine == 'compiled':
+                try:
+                    step()
+                except Exception as error:  # a compiler may raise anything
+                    reason = type(error).__name__
+                    print(
+                        f'{name}: skipped with torch.compile, it raised '
+                        f'{reason}'
+                    )
+                    continue
+            sides.append((engine, name, step))
     return sides
 
 
-def measure(args, models, batch, side, mode):
+def measure(args, models, opened, batch, side, mode):
     """Time all models and engines with interleaved runs."""
-    image = torch.randn(batch, 3, side, side)
-    if torch.cuda.is_available():
-        image = image.cuda()
-    sides = [
-        ('eager', name, model) for name, model in zip(args.models, models)
-    ]
-    if args.compile:
-        sides += compiled_sides(args, models, image, mode)
+    image = torch.randn(batch, 3, side, side).to(device())
+    sides = sides_of(args, models, opened, image, mode)
     timings = alternate(
-        [
-            partial(STEPS[mode], model, image, args.dtype)
-            for _, _, model in sides
-        ],
+        [step for _, _, step in sides],
         args.runs,
+        pause=PAUSE if opened else 0.0,
     )
     return [
         Row(
@@ -172,7 +251,7 @@ def measure(args, models, batch, side, mode):
             t.low,
             t.high,
             peak_memory(name, batch, side, mode, args.dtype)
-            if args.memory and engine == 'eager'
+            if args.memory and engine == 'pytorch'
             else None,
             machine_line(),
         )
@@ -200,6 +279,21 @@ def print_profile(args, models, batch, side, mode):
     )
 
 
+def benchmark(args, models, opened, sizes):
+    """Measure, print and write one group per size and mode."""
+    rows = []
+    for batch, side in sizes:
+        for mode in args.modes:
+            if args.profile:
+                print_profile(args, models, batch, side, mode)
+                continue
+            group = measure(args, models, opened, batch, side, mode)
+            print_group(group, batch, side, mode)
+            rows += group
+            if args.csv:  # after each group: a benchmark takes hours
+                write_csv(args.csv, rows)
+
+
 def main():
     args = parse_args()
     if args.runs < 1:
@@ -209,6 +303,14 @@ def main():
             '--profile requires a machine without a GPU: hide the GPU with '
             'CUDA_VISIBLE_DEVICES='
         )
+    if args.compile:
+        args.engines = [*args.engines, 'compiled']
+    args.engines = list(dict.fromkeys(args.engines))
+    if args.profile and args.engines != ['pytorch']:
+        raise UserError(
+            f'--profile allows --engines pytorch, got {" ".join(args.engines)}'
+        )
+    check_engines(args.engines, args.models, args.modes, args.dtype)
     keep_freed_memory()
     sizes = [parse_size(text) for text in args.sizes]
     models = [build(name) for name in args.models]
@@ -217,27 +319,12 @@ def main():
         print(
             f'{args.dtype}, {args.runs} interleaved runs per model; images '
             'per second: median (20th to 80th percentile); time: relative to '
-            f'{args.models[0]}'
+            f'the first row, {args.models[0]} in {args.engines[0]}'
         )
-    check(
-        models,
-        args.models,
-        torch.randn(1, 3, 224, 224).to(
-            'cuda' if torch.cuda.is_available() else 'cpu'
-        ),
-    )
-
-    rows = []
-    for batch, side in sizes:
-        for mode in args.modes:
-            if args.profile:
-                print_profile(args, models, batch, side, mode)
-                continue
-            group = measure(args, models, batch, side, mode)
-            print_group(group, batch, side, mode)
-            rows += group
-            if args.csv:  # after each group: a benchmark takes hours
-                write_csv(args.csv, rows)
+    check(models, args.models, torch.randn(1, 3, 224, 224).to(device()))
+    with tempfile.TemporaryDirectory() as folder:
+        opened = export_all(args, models, sizes, folder)
+        benchmark(args, models, opened, sizes)
 
 
 if __name__ == '__main__':
