@@ -73,7 +73,7 @@ class _AdaptiveAvgPool(nn.Module):
 
 def _dynamic_layer(layer: nn.Module, norm: str) -> Optional[nn.Module]:
     """Return a replacement with a dynamic size, or None to keep a layer."""
-    if is_unmodified(layer, VVT):
+    if isinstance(layer, VVT) and is_unmodified(layer, VVT):
         return ImageForm(layer, norm)
     name = f'{type(layer).__module__}.{type(layer).__name__}'
     scale: Any = getattr(layer, 'scale_factor', None)

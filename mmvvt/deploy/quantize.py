@@ -37,9 +37,10 @@ def quantize(
 
 
 def _quantize_onnx(source: str, path: str, images: List[Tensor]) -> None:
-    (quantization,) = require('onnxruntime.quantization')
+    quantization: Any = require('onnxruntime.quantization')[0]
+    base: Any = quantization.CalibrationDataReader
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(base):
         def __init__(self):
             self.images = iter(images)
 

@@ -1,0 +1,266 @@
+"""Exported files are run in their engines and compared with PyTorch."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from mmvvt.apis import export as export_module
+from mmvvt.apis import export_model
+from mmvvt.deploy import formats
+from mmvvt.deploy.formats import FORMATS
+from mmvvt.deploy.networks import build_network
+from mmvvt.errors import UserError, WriteError
+
+from conftest import relative_error
+from export_cases import SHORT, build, load, save_random, small_config
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    cfg = small_config('classifier', **SHORT)
+    path = tmp_path_factory.mktemp('classifier') / 'random.pth'
+    names = [f'digit {i}' for i in range(10)]
+    return cfg, save_random(cfg, path, dataset_meta=dict(classes=names))
+
+
+def expected_scores(cfg, checkpoint, images):
+    model = load(cfg, checkpoint)
+    with torch.no_grad():
+        return model(images, mode='tensor').softmax(dim=1)
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_classifier(classifier, name, tmp_path):
+    cfg, checkpoint = classifier
+    out = str(tmp_path / f'model{FORMATS[name].suffix}')
+    result = export_model(cfg, checkpoint, out, name)
+    assert result.error < 1e-5
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        f'model{suffix}'
+        for suffix in (FORMATS[name].suffix, *FORMATS[name].companions)
+    )
+    images = torch.randn(3, 3, 130, 66)
+    (scores,) = FORMATS[name].open(out, threads=1)(images.numpy())
+    expected = expected_scores(cfg, checkpoint, images)
+    assert relative_error(scores, expected) < 1e-5
+
+    metadata = FORMATS[name].read_metadata(out)
+    assert json.loads(metadata['classes'])[9] == 'digit 9'
+    assert json.loads(metadata['outputs']) == ['scores']
+    assert json.loads(metadata['values']) == 'normalised'
+    assert len(metadata['config_sha256']) == 64
+
+
+@pytest.mark.parametrize('name', ['torchscript', 'exported-program'])
+def test_preprocessing_half_and_fixed_size(classifier, name, tmp_path):
+    cfg, checkpoint = classifier
+    out = str(tmp_path / f'model{FORMATS[name].suffix}')
+    result = export_model(
+        cfg,
+        checkpoint,
+        out,
+        name,
+        half=True,
+        fixed_size=(48, 64),
+        with_preprocessing=True,
+    )
+    assert 0 < result.error < 3e-2
+    images = torch.randint(0, 256, (2, 3, 48, 64)).float()
+    (scores,) = FORMATS[name].open(out)(images.numpy())
+    mean, std = cfg.data_preprocessor.mean[0], cfg.data_preprocessor.std[0]
+    bgr = images.flip(1)  # the order of this config
+    expected = expected_scores(cfg, checkpoint, (bgr - mean) / std)
+    assert relative_error(scores, expected) < 3e-2
+
+
+@pytest.mark.parametrize('swap', [True, False])
+def test_channel_order_of_preprocessing(classifier, swap, tmp_path):
+    """The input is RGB, whatever order the model takes."""
+    cfg, checkpoint = classifier
+    cfg = cfg.copy()
+    mean = [100.0, 120.0, 140.0]
+    cfg.data_preprocessor.update(mean=mean, std=[50.0] * 3, to_rgb=swap)
+    out = str(tmp_path / 'model.pt')
+    export_model(cfg, checkpoint, out, 'torchscript', with_preprocessing=True)
+    rgb = torch.randint(0, 256, (1, 3, 64, 64)).float()
+    # mmcv loads BGR; the data preprocessor of the model takes it from there.
+    model = build(cfg)
+    bgr = rgb.flip(1)
+    inputs = model.data_preprocessor(dict(inputs=bgr), False)['inputs']
+    expected = expected_scores(cfg, checkpoint, inputs)
+    (scores,) = FORMATS['torchscript'].open(out)(rgb.numpy())
+    assert relative_error(scores, expected) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['onnx', 'openvino'])
+def test_int8(classifier, name, tmp_path, monkeypatch):
+    """int8 files are smaller, store the metadata and score nearly the same."""
+    cfg, checkpoint = classifier
+    images = [torch.randn(1, 3, 32, 32) for _ in range(8)]
+    monkeypatch.setattr(
+        export_module, '_calibration_images', lambda cfg, model: images
+    )
+    suffix = FORMATS[name].suffix
+    out = str(tmp_path / f'int8{suffix}')
+    result = export_model(
+        cfg, checkpoint, out, name, int8=True, fixed_size=(32, 32)
+    )
+    assert 1e-6 < result.error < 0.3
+    assert json.loads(FORMATS[name].read_metadata(out)['precision']) == 'int8'
+    text = open(out, 'rb').read()
+    assert b'QuantizeLinear' in text or b'FakeQuantize' in text
+    scores = FORMATS[name].open(out)(images[0].numpy())[0]
+    expected = expected_scores(cfg, checkpoint, images[0])
+    assert relative_error(scores, expected) == pytest.approx(
+        result.error, rel=30
+    )
+    assert set(os.listdir(tmp_path)) == {
+        f'int8{end}' for end in (suffix, *FORMATS[name].companions)
+    }
+
+
+# -- bad input ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (dict(format='tensorrt'), "format must be one of onnx, .*'tensorrt'"),
+        (dict(out='model.xml'), 'must end with .onnx, got .*model.xml'),
+        (dict(out='none/model.onnx'), 'output folder .*none does not exist'),
+        (dict(fixed_size=(16, 64)), 'at least 32, got 16 x 64'),
+        (dict(fixed_size=(65, 64)), 'even numbers of at least 32, got 65 x'),
+        (dict(fixed_size=(64,)), 'two even numbers'),
+        (dict(half=True, int8=True), 'half and int8 cannot be combined'),
+        (
+            dict(out='m.pt', format='torchscript', int8=True),
+            'int8 requires one of the formats onnx, openvino',
+        ),
+        (dict(label_map=True), 'label_map is for a segmentor'),
+        (dict(nms=True), 'nms is for a detector'),
+    ],
+    ids=lambda value: None if isinstance(value, str) else '-'.join(value),
+)
+def test_bad_arguments(classifier, options, message, tmp_path):
+    cfg, checkpoint = classifier
+    arguments = dict(format='onnx') | options
+    out = str(tmp_path / arguments.pop('out', 'model.onnx'))
+    with pytest.raises(UserError, match=message):
+        export_model(cfg, checkpoint, out, **arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_checkpoint_of_another_model(classifier, tmp_path):
+    cfg, _ = classifier
+    other = small_config('segmentor')
+    checkpoint = save_random(other, tmp_path / 'other.pth')
+    with pytest.raises(UserError, match='other.pth'):
+        export_model(cfg, checkpoint, str(tmp_path / 'model.onnx'))
+    with pytest.raises(UserError, match='no such checkpoint'):
+        export_model(cfg, 'none.pth', str(tmp_path / 'model.onnx'))
+    assert os.listdir(tmp_path) == ['other.pth']
+
+
+@pytest.mark.parametrize('package', ['onnxruntime', 'openvino', 'nncf'])
+def test_missing_package(classifier, package, tmp_path, monkeypatch):
+    import_module = formats.importlib.import_module
+
+    def missing(name):
+        if name.split('.')[0] == package:
+            raise ModuleNotFoundError(f'No module {name}', name=package)
+        return import_module(name)
+
+    monkeypatch.setattr(formats.importlib, 'import_module', missing)
+    name = 'onnx' if package == 'onnxruntime' else 'openvino'
+    cfg, checkpoint = classifier
+    with pytest.raises(
+        UserError, match=rf"{package} is missing.*'mmvvt\[deploy\]'"
+    ):
+        export_model(
+            cfg,
+            checkpoint,
+            str(tmp_path / f'model{FORMATS[name].suffix}'),
+            name,
+            int8=package == 'nncf',
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk(classifier, tmp_path, monkeypatch):
+    cfg, checkpoint = classifier
+    out = tmp_path / 'model.pt'
+    out.write_bytes(b'before')
+
+    def fail(self, *arguments):
+        with open(arguments[2], 'wb') as file:
+            file.write(b'half')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(formats.TorchScriptFormat, 'write', fail)
+        with pytest.raises(WriteError, match='No space left.*are free'):
+            export_model(cfg, checkpoint, str(out), 'torchscript')
+    monkeypatch.setattr(
+        export_module.shutil,
+        'disk_usage',
+        lambda path: os.statvfs_result and type('Usage', (), dict(free=10)),
+    )
+    with pytest.raises(WriteError, match='and 10 are free'):
+        export_model(cfg, checkpoint, str(out), 'torchscript')
+    assert out.read_bytes() == b'before'
+    assert os.listdir(tmp_path) == ['model.pt']
+
+
+@pytest.mark.parametrize('fault', ['wrong', 'nan', 'shape'])
+def test_a_wrong_file_is_not_kept(classifier, fault, tmp_path, monkeypatch):
+    """A file that differs from PyTorch is removed; an older one is kept."""
+    cfg, checkpoint = classifier
+    out = tmp_path / 'model.pt'
+    out.write_bytes(b'before')
+    open_file = formats.TorchScriptFormat.open
+
+    def open_wrong(self, path, threads=None):
+        run = open_file(self, path)
+
+        def wrong(images):
+            (scores,) = run(images)
+            if fault == 'shape':
+                return [scores[:, :-1]]
+            return [scores * (np.nan if fault == 'nan' else 1.001)]
+
+        return wrong
+
+    monkeypatch.setattr(formats.TorchScriptFormat, 'open', open_wrong)
+    with pytest.raises(UserError, match='was not written: its outputs differ'):
+        export_model(cfg, checkpoint, str(out), 'torchscript')
+    assert out.read_bytes() == b'before'
+    assert os.listdir(tmp_path) == ['model.pt']
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        'detection/mask-rcnn_vvt-tiny_fpn_1x_coco.py',
+        'detection/cascade-mask-rcnn_vvt-small_fpn_ms-3x_coco.py',
+        'detection/dino-4scale_vvt-small_12e_coco.py',
+    ],
+)
+def test_models_that_cannot_be_exported(config):
+    from mmvvt.preflight import read_config
+
+    from conftest import ROOT
+
+    cfg = read_config(str(ROOT / 'configs' / config))
+    cfg.model.backbone.pop('init_cfg', None)
+    model = build(cfg)
+    with pytest.raises(
+        UserError, match='cannot be exported as a whole; .*RetinaNet.*backbone'
+    ):
+        build_network(model)
+    # Its backbone can.
+    network = build_network(model, backbone=True)
+    assert network.output_names[-1] == 'feature_3'

@@ -1,0 +1,163 @@
+"""The form of VVT for export computes the same function as the layers."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from mmvvt.errors import UserError
+from mmvvt.models import VVT
+from mmvvt.models.image_form import NORMS, ImageForm, _ImageBlock, _TokenBlock
+from mmvvt.ops import LOCALITIES
+
+from conftest import relative_error
+
+ARCH = dict(
+    embed_dims=[8, 16, 24, 32],
+    num_heads=[1, 2, 3, 4],
+    mlp_ratios=[2, 2, 2, 2],
+    depths=[1, 1, 2, 1],
+)
+ALL = (0, 1, 2, 3)
+
+
+def build(arch=ARCH, **options):
+    torch.manual_seed(0)
+    model = VVT(arch, **{'out_indices': ALL, **options})
+    model.init_weights()
+    # At initialisation, the attention has almost no effect.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def count(form, kind):
+    return sum(isinstance(module, kind) for module in form.modules())
+
+
+def check_same(model, form, tolerance=1e-12, size=(70, 45)):
+    x = torch.randn(2, 3, *size, dtype=next(model.parameters()).dtype)
+    with torch.no_grad():
+        found, expected = form(x), model(x)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert relative_error(a, b) < tolerance
+
+
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('clamp', [True, False])
+@pytest.mark.parametrize('locality', LOCALITIES)
+def test_equals_the_layers(locality, clamp, norm):
+    model = build(attn_cfg=dict(locality=locality, clamp=clamp)).double()
+    form = ImageForm(model, norm)
+    assert count(form, _ImageBlock) == 5
+    check_same(model, form)
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (1, 3), (2,)])
+def test_output_stages(out_indices):
+    model = build(out_indices=out_indices).double()
+    check_same(model, ImageForm(model, 'channels'))
+
+
+def test_spatial_reduction_calls_the_layers():
+    model = build(dict(ARCH, sr_ratios=[2, 1, 1, 1])).double()
+    form = ImageForm(model)
+    assert count(form, _TokenBlock) == 1
+    check_same(model, form)
+
+
+def dilate(model):
+    conv = model.block2[0].mlp.dwconv.dwconv
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+
+
+def circular(model):
+    model.block2[0].mlp.dwconv.dwconv.padding_mode = 'circular'
+    model.block2[0].mlp.dwconv.dwconv._reversed_padding_repeated_twice = [
+        1
+    ] * 4
+
+
+def replace_norm(model):
+    model.block2[0].norm1 = nn.Identity()
+
+
+def hook_layer(model):
+    model.block2[0].mlp.fc1.register_forward_hook(lambda m, i, out: 2 * out)
+
+
+def hook_block(model):
+    model.block2[0].register_forward_hook(lambda m, i, out: out.flip(-1))
+
+
+def override_forward(model):
+    block = model.block2[0]
+    block.forward = lambda x, spatial_shape: x
+
+
+def hook_embedding(model):
+    model.patch_embed2.register_forward_hook(
+        lambda m, i, out: (2 * out[0], out[1])
+    )
+
+
+def replace_norm_of_embedding(model):
+    model.patch_embed2.norm = nn.Identity()
+
+
+def without_affine(model):
+    model.norm2 = nn.LayerNorm(16, elementwise_affine=False)
+
+
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize(
+    'change',
+    [
+        dilate,
+        circular,
+        replace_norm,
+        hook_layer,
+        hook_block,
+        override_forward,
+        hook_embedding,
+        replace_norm_of_embedding,
+        without_affine,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_changed_layers_are_honoured(change, norm):
+    model = build().double()
+    x = torch.randn(2, 3, 70, 45).double()
+    with torch.no_grad():
+        before = model(x)
+        change(model)
+        after = model(x)
+    assert relative_error(after[1], before[1]) > 1e-3
+    check_same(model, ImageForm(model, norm))
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_zero_and_tiny_numbers_are_clamped_as_usual(norm):
+    """Queries of zero give an output of zero, not of the lower bound."""
+    model = build()
+    with torch.no_grad():
+        for block in model.block1:
+            block.attn.q_proj.weight.zero_()
+            block.attn.q_proj.bias.fill_(-1)
+    check_same(model, ImageForm(model, norm), 1e-5)
+
+
+def test_float16_does_not_overflow():
+    model = build()
+    form = ImageForm(build(), 'channels').half()
+    x = 1000 * torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        for a, b in zip(form(x.half()), model(x)):
+            assert a.isfinite().all()
+            assert relative_error(a, b) < 0.03
+
+
+def test_norm_is_checked():
+    with pytest.raises(UserError, match="norm must be one of .*, got 'rows'"):
+        ImageForm(build(), 'rows')
