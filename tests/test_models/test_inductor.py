@@ -1,0 +1,103 @@
+"""The compiler of PyTorch, with its real backend, gives the same results."""
+
+import pytest
+import torch
+
+from mmvvt.models import VVT
+from mmvvt.ops.strips import common
+
+from conftest import relative_error
+
+# One small stage: the compiler takes most of a minute for each graph.
+ARCH = dict(
+    embed_dims=[8, 8, 8, 8],
+    num_heads=[1, 1, 1, 1],
+    mlp_ratios=[1, 1, 1, 1],
+    depths=[1, 1, 1, 1],
+)
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """Compile without vector instructions, which is faster.
+
+    All eager blocks run in strips. The compiler must not: it could not
+    optimise them.
+    """
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({'cpp.simdlen': 1}):
+        yield
+    torch._dynamo.reset()
+
+
+def build():
+    model = VVT(ARCH, out_indices=(0,))
+    model.init_weights()
+    return model, torch.compile(model, fullgraph=True)
+
+
+def images(*size):
+    """Images of a size that the compiler shall not take for a constant."""
+    x = torch.randn(2, 3, *size)
+    for dim in (2, 3):
+        torch._dynamo.maybe_mark_dynamic(x, dim)
+    return x
+
+
+def forward_backward(network, model, x):
+    """Return the output and the gradients of the parameters of a model."""
+    model.zero_grad()
+    (out,) = network(x)
+    # The output of a LayerNorm sums to zero, but its square does not.
+    out.float().pow(4).mean().backward()
+    grads = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return out, grads
+
+
+def errors(found, expected):
+    """Relative error of each gradient that is not almost zero."""
+    assert found.keys() == expected.keys()
+    largest = max(grad.norm() for grad in expected.values())
+    # Others are sums of terms that cancel out.
+    names = [n for n, grad in expected.items() if grad.norm() > 1e-3 * largest]
+    assert len(names) > len(expected) // 2
+    return {n: relative_error(found[n], expected[n]) for n in names}
+
+
+def test_training_at_several_sizes():
+    model, compiled = build()
+    for size in ((64, 96), (45, 96), (96, 64)):
+        x = images(*size)
+        out, grads = forward_backward(compiled, model, x)
+        expected, wanted = forward_backward(model, model, x)
+        assert relative_error(out, expected) < 1e-5
+        assert max(errors(grads, wanted).values()) < 1e-4
+
+
+def test_inference_at_several_sizes():
+    model, compiled = build()
+    model.eval()
+    with torch.no_grad():
+        for size in ((64, 96), (96, 64), (70, 45)):
+            x = images(*size)
+            assert relative_error(compiled(x)[0], model(x)[0]) < 1e-5
+
+
+def test_training_under_autocast():
+    """The errors are those of layers that run one by one in bfloat16."""
+    model, compiled = build()
+    x = torch.randn(2, 3, 32, 32)
+    exact, wanted = forward_backward(model, model, x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        eager, eager_grads = forward_backward(model, model, x)
+        out, grads = forward_backward(compiled, model, x)
+    assert relative_error(out, exact) < 0.05
+    assert relative_error(out, exact) < 2 * relative_error(eager, exact)
+    allowed = errors(eager_grads, wanted)
+    for name, error in errors(grads, wanted).items():
+        assert error < 2 * allowed[name] + 0.02, name
