@@ -52,6 +52,65 @@ def test_photograph_with_a_converted_checkpoint(folder):
     assert 0 < float(score) < 1
 
 
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'mmvvt', 'mmengine', 'mmcv'):
+            raise ImportError(f'{name} must not be imported')
+
+sys.meta_path.insert(0, NoTorch())
+try:
+    import torch
+    raise SystemExit('torch was imported')
+except ImportError:
+    pass
+"""
+
+
+def test_photograph_without_pytorch(folder):
+    """ONNX Runtime, NumPy and Pillow alone give five names."""
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+
+    from mmvvt.apis import export_model
+    from mmvvt.preflight import build_model, read_config
+
+    # A narrow network with one stage is exported faster.
+    cfg = read_config(
+        str(ROOT / 'configs/classification/vvt-tiny_8xb128_in1k.py')
+    )
+    cfg.model.backbone.update(
+        arch=dict(
+            embed_dims=[8, 8, 8, 8],
+            num_heads=[1, 1, 1, 1],
+            mlp_ratios=[2, 2, 2, 2],
+            depths=[1, 1, 1, 1],
+        ),
+        out_indices=(0,),
+    )
+    cfg.model.head.in_channels = 8
+    model = build_model(cfg)
+    model.init_weights()
+    torch.save(dict(state_dict=model.state_dict()), folder / 'narrow.pth')
+    export_model(
+        cfg,
+        str(folder / 'narrow.pth'),
+        str(folder / 'vvt.onnx'),
+        with_preprocessing=True,
+        fixed_size=(224, 224),
+    )
+    (block,) = (b for b in BLOCKS if 'onnxruntime' in b)
+    done = run_tool('-c', WITHOUT_TORCH + block, cwd=folder)
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 5
+    scores = [float(line.rsplit(': ', 1)[1]) for line in lines]
+    assert scores == sorted(scores, reverse=True) and scores[0] > 0
+    for line in lines:
+        assert line.rsplit(': ', 1)[0] in IMAGENET_CATEGORIES
+
+
 def test_own_size(folder):
     (block,) = (b for b in BLOCKS if 'embed_dims' in b)
     names = {}
