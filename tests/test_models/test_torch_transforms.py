@@ -12,6 +12,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.ao.quantization import quantize_dynamic
+from torch.autograd import forward_ad
 
 from mmvvt.models import VVT
 from mmvvt.ops.strips import common
@@ -220,6 +221,18 @@ def test_forward_mode(branch):
         above, below = (model(x + sign * step * direction) for sign in (1, -1))
     differences = [(a - b) / (2 * step) for a, b in zip(above, below)]
     check_outputs(tangents, differences, 1e-7)
+
+
+def test_dual_numbers(branch):
+    """Forward mode without torch.func."""
+    model = nano().double()
+    x = torch.randn(2, 3, 64, 40, dtype=torch.float64)
+    direction = torch.randn_like(x)
+    _, expected = torch.func.jvp(model, (x,), (direction,))
+    with forward_ad.dual_level():
+        outs = model(forward_ad.make_dual(x, direction))
+        tangents = [forward_ad.unpack_dual(out).tangent for out in outs]
+    check_outputs(tangents, expected, 1e-10)
 
 
 def test_jacobian(branch):
