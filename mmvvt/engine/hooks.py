@@ -150,9 +150,10 @@ class CompileBackboneHook(Hook):
 
     The setting ``compile=True`` of mmengine compiles the complete
     ``train_step``: the data preprocessor with its batch augmentations, the
-    head and the optimizer step. Dynamo cannot trace all of them: mmpretrain's
-    Mixup, for example, draws its ratio with NumPy. The backbone is where
-    most time is spent, and it compiles to a single graph for any image size.
+    head and the optimizer step. With PyTorch 2.11, inductor fails to compile
+    mmpretrain's Mixup, which indexes a batch with ``torch.randperm``, and
+    mmpretrain's losses, which read labels in Python, split the graph. The
+    backbone compiles to a single graph.
 
     The backbone is compiled in place by :meth:`torch.nn.Module.compile`, so
     that checkpoints have the same keys as those of a model that is not
