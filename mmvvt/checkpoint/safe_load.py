@@ -260,6 +260,9 @@ def register_safe_globals() -> None:
             (_plain_dict, 'mmengine.config.config.ConfigDict'),
             (_plain_defaultdict, 'collections.defaultdict'),
             (_empty_bytes, 'builtins.bytes'),
+            # Under its own name too: another allow-list may take that of
+            # NumPy, and torch sets the state of listed classes only.
+            _LoadedArray,
             (list, 'builtins.list'),
             (dict, 'builtins.dict'),
             (int, 'builtins.int'),

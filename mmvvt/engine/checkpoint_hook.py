@@ -271,6 +271,11 @@ class SafeCheckpointHook(CheckpointHook):
             super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        """Save the best checkpoint, then remove the previous one."""
+        """Save the best checkpoint, then remove the previous one.
+
+        Validation without training (``runner.val()``) saves nothing.
+        """
+        if not hasattr(self, 'file_backend'):  # set by before_train
+            return
         with self._removals_last():
             super().after_val_epoch(runner, metrics)

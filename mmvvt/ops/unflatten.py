@@ -1,5 +1,6 @@
 """``Tensor.unflatten`` with sizes that may be traced."""
 
+import math
 from typing import Sequence
 
 from torch import Tensor
@@ -22,4 +23,7 @@ def unflatten(t: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
         Tensor: Tensor with ``len(sizes)`` dimensions in place of one.
     """
     dim %= t.dim()
+    # reshape cannot infer a size if the tensor is empty.
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [t.shape[dim] // known if s == -1 else s for s in sizes]
     return t.reshape(*t.shape[:dim], *sizes, *t.shape[dim + 1 :])

@@ -71,8 +71,9 @@ def errors(found, expected):
 
 def test_training_at_several_sizes():
     model, compiled = build()
-    for size in ((64, 96), (45, 96), (96, 64)):
-        x = images(*size)
+    # The first size is compiled as a constant, the second one as a symbol.
+    for size in ((64, 96), (96, 64)):
+        x = torch.randn(2, 3, *size)
         out, grads = forward_backward(compiled, model, x)
         expected, wanted = forward_backward(model, model, x)
         assert relative_error(out, expected) < 1e-5

@@ -535,3 +535,16 @@ def test_default_backend_from_the_environment():
     assert done.returncode != 0
     assert 'MMVVT_BACKEND must be one of' in done.stdout
     assert "got 'fast'" in done.stdout
+
+
+@pytest.mark.parametrize('grid', [(2, 2), (20, 20)])
+def test_empty_batch(grid):
+    """Small grids and large ones, which are summed by rows and columns."""
+    tokens = grid[0] * grid[1]
+    inputs = [
+        torch.randn(0, 2, tokens, 4, requires_grad=True) for _ in range(3)
+    ]
+    out = attend(*inputs, grid, backend='torch')
+    out.sum().backward()
+    assert out.shape == (0, 2, tokens, 4)
+    assert inputs[0].grad.shape == (0, 2, tokens, 4)
