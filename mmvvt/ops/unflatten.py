@@ -23,7 +23,11 @@ def unflatten(t: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
         Tensor: Tensor with ``len(sizes)`` dimensions in place of one.
     """
     dim %= t.dim()
-    # reshape cannot infer a size if the tensor is empty.
-    known = math.prod(size for size in sizes if size != -1)
-    sizes = [t.shape[dim] // known if s == -1 else s for s in sizes]
+    sizes = list(sizes)
+    for index, size in enumerate(sizes):
+        # reshape cannot infer a size if the tensor is empty. A traced size
+        # is a tensor, and comparing it would warn.
+        if isinstance(size, int) and size == -1:
+            others = sizes[:index] + sizes[index + 1 :]
+            sizes[index] = t.shape[dim] // math.prod(others)
     return t.reshape(*t.shape[:dim], *sizes, *t.shape[dim + 1 :])
