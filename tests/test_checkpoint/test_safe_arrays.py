@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import itertools
 import zipfile
 
 import numpy as np
@@ -11,7 +12,11 @@ from mmengine.fileio import dump
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler import OneCycleParamScheduler
 
-from mmvvt.checkpoint import READS_RUNNER_CHECKPOINTS, load_predictions
+from mmvvt.checkpoint import (
+    READS_RUNNER_CHECKPOINTS,
+    load_predictions,
+    safe_load,
+)
 
 pytestmark = pytest.mark.skipif(
     not READS_RUNNER_CHECKPOINTS, reason='needs PyTorch 2.6'
@@ -215,3 +220,32 @@ def test_arrays_of_predictions(name, tmp_path):
     dump([dict(array=ARRAYS[name])], path)
     (loaded,) = load_predictions(path)
     assert loaded['array'].tolist() == ARRAYS[name].tolist()
+
+
+@pytest.mark.parametrize(
+    'taken', list(itertools.product([False, True], repeat=4)), ids=str
+)
+def test_every_mixture_with_another_allow_list(taken, monkeypatch):
+    """torch takes each name from either list, in the order of a set."""
+    from torch import _weights_only_unpickler as unpickler
+
+    reconstruct = np.zeros(1).__reduce__()[0]
+    scalar = np.float64(1).__reduce__()[0]
+    ours = {
+        reconstruct: safe_load._empty_array,
+        scalar: safe_load._scalar,
+        np.ndarray: safe_load._LoadedArray,
+        np.dtype: safe_load._safe_dtype,
+    }
+    dtypes = [type(np.dtype(code)) for code in ('u4', 'f8', 'i8')]
+    with torch.serialization.safe_globals([*ours, *dtypes]):
+        allowed = unpickler._get_user_allowed_globals()
+        for (theirs, own), take in zip(ours.items(), taken):
+            name = f'{theirs.__module__}.{theirs.__name__}'
+            assert name in allowed
+            allowed[name] = theirs if take else own
+        monkeypatch.setattr(
+            unpickler, '_get_user_allowed_globals', lambda: allowed
+        )
+        assert load(saved(np.arange(3.0))).tolist() == [0, 1, 2]
+        assert load(saved(np.float32(0.5))) == 0.5
