@@ -60,12 +60,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f'error: cannot write{place}: {error.strerror}')
 
 
-def add_common_arguments(parser) -> None:
-    """Add the arguments shared by training and testing."""
-    parser.add_argument(
-        '--work-dir',
-        help='directory for logs and results (default: work_dirs/CONFIG_NAME)',
-    )
+def add_cfg_options(parser) -> None:
+    """Add the argument that overrides settings of the config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -73,6 +69,15 @@ def add_common_arguments(parser) -> None:
         help='override settings of the config: key=value, nested keys with '
         'dots, lists as key="[a,b]"',
     )
+
+
+def add_common_arguments(parser) -> None:
+    """Add the arguments shared by training and testing."""
+    parser.add_argument(
+        '--work-dir',
+        help='directory for logs and results (default: work_dirs/CONFIG_NAME)',
+    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],

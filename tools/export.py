@@ -7,12 +7,11 @@ the outputs differ, it is removed and the exit code is 1.
 import argparse
 import re
 
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.apis import export_model
-from mmvvt.cli import run
+from mmvvt.cli import add_cfg_options, run
 from mmvvt.errors import UserError
 from mmvvt.preflight import read_config
 
@@ -68,12 +67,7 @@ def parse_args():
         action='store_true',
         help='take RGB images with values from 0 to 255 and normalise them',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config: key=value',
-    )
+    add_cfg_options(parser)
     return parser.parse_args()
 
 

@@ -9,13 +9,12 @@ import argparse
 import os
 import sys
 
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from rich.progress import track
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.apis import Predictor, choose_device, find_images, keep_freed_memory
-from mmvvt.cli import run
+from mmvvt.cli import add_cfg_options, run
 from mmvvt.errors import UserError
 from mmvvt.fileio import write_json
 from mmvvt.preflight import read_config
@@ -46,12 +45,7 @@ def parse_args():
         default=0.3,
         help='minimum score of detections (default: 0.3)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config: key=value',
-    )
+    add_cfg_options(parser)
     return parser.parse_args()
 
 

@@ -161,3 +161,14 @@ def test_float16_does_not_overflow():
 def test_norm_is_checked():
     with pytest.raises(UserError, match="norm must be one of .*, got 'rows'"):
         ImageForm(build(), 'rows')
+
+
+@pytest.mark.parametrize('scale', [1e-8, 1e9])
+def test_small_and_large_sums_are_clamped(scale):
+    """Values out of range change the key-value sums and the numerator."""
+    model = build().double()
+    with torch.no_grad():
+        for block in model.block1:
+            block.attn.v_proj.weight.mul_(scale)
+            block.attn.v_proj.bias.mul_(scale)
+    check_same(model, ImageForm(model))

@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -19,7 +18,7 @@ import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.analysis.benchmark import machine_line
 from mmvvt.analysis.memory import peak_memory_gib
 from mmvvt.apis import keep_freed_memory
-from mmvvt.cli import run
+from mmvvt.cli import add_cfg_options, run
 from mmvvt.errors import UserError
 from mmvvt.preflight import read_config
 
@@ -43,12 +42,7 @@ def parse_args():
         help='size of the images (default: the crop size of a segmentor; '
         '800 1333 for a detector)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config: key=value',
-    )
+    add_cfg_options(parser)
     return parser.parse_args()
 
 
