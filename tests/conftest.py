@@ -49,6 +49,35 @@ def check_files(cfg, loaders):
     raise_problems(list(find_data_problems(cfg, open_sources(cfg, loaders))))
 
 
+def run_two_processes(script, folder, timeout):
+    """Run code in two processes; each prints 'done' at the end.
+
+    Args:
+        script (str): Code. Its arguments are the rank and the path of a file
+            for the rendezvous.
+        folder (Path): Empty folder.
+        timeout (float): Limit of each process in seconds.
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', script, str(rank), str(folder / 'store')],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=timeout)
+            assert process.returncode == 0, error[-3000:]
+            assert out.splitlines()[-1] == 'done'
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
     """Run a Python tool of the project; stderr is merged into stdout."""
     return subprocess.run(

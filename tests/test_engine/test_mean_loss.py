@@ -1,18 +1,17 @@
 """The hook that averages losses, with two processes."""
 
-import os
-import subprocess
-import sys
-
 import torch
 
 from mmvvt.engine import MeanLossHook
+
+from conftest import run_two_processes
 
 SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
 from mmvvt.engine import MeanLossHook
+
 
 rank = int(sys.argv[1])
 dist.init_process_group(
@@ -48,25 +47,7 @@ print('done')
 
 def test_processes_with_other_losses(tmp_path):
     """No process waits for another; 60 seconds are enough."""
-    environment = dict(os.environ, OMP_NUM_THREADS='1')
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', SCRIPT, str(rank), str(tmp_path / 'store')],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            out, error = process.communicate(timeout=60)
-            assert process.returncode == 0, error[-3000:]
-            assert out.splitlines()[-1] == 'done'
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_processes(SCRIPT, tmp_path, timeout=60)
 
 
 def test_one_process_is_left_alone():

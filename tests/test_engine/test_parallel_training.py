@@ -1,8 +1,6 @@
 """Training in two processes equals training in one, with DDP and FSDP."""
 
-import os
-import subprocess
-import sys
+from conftest import run_two_processes
 
 START = """
 import sys
@@ -11,6 +9,7 @@ import torch.distributed as dist
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmvvt.models import VVT
+
 
 rank = int(sys.argv[1])
 dist.init_process_group(
@@ -124,34 +123,6 @@ print('done')
 """
 
 
-def run_two_processes(script, tmp_path):
-    environment = dict(os.environ, OMP_NUM_THREADS='1')
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                '-c',
-                START + script,
-                str(rank),
-                str(tmp_path / 'store'),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            out, error = process.communicate(timeout=120)
-            assert process.returncode == 0, error[-3000:]
-            assert out.splitlines()[-1] == 'done'
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def test_distributed_data_parallel(tmp_path):
     """The gradients of DDP are those of the whole batch in one process.
 
@@ -159,7 +130,7 @@ def test_distributed_data_parallel(tmp_path):
     config must set ``find_unused_parameters=True``, as for other backbones
     with ``out_indices``.
     """
-    run_two_processes(DDP, tmp_path)
+    run_two_processes(START + DDP, tmp_path, timeout=120)
 
 
 def test_fully_sharded_data_parallel(tmp_path):
@@ -168,4 +139,4 @@ def test_fully_sharded_data_parallel(tmp_path):
     It is used without FSDPStrategy, which passes the number of the local GPU
     to the wrapper.
     """
-    run_two_processes(FSDP, tmp_path)
+    run_two_processes(START + FSDP, tmp_path, timeout=120)
