@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..deploy.formats import FORMATS, require
+from ..deploy.formats import FORMATS, openvino_core, require
 from ..deploy.networks import build_network
 from ..errors import UserError
 
@@ -82,8 +82,7 @@ def _check_dtype(engine: str, dtype: str) -> None:
 
 def has_bfloat16() -> bool:
     """Return whether OpenVINO computes in bfloat16 on this processor."""
-    (openvino,) = require('openvino')
-    return 'BF16' in openvino.Core().get_property(
+    return 'BF16' in openvino_core().get_property(
         'CPU', 'OPTIMIZATION_CAPABILITIES'
     )
 

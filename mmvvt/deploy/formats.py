@@ -1,5 +1,6 @@
 """File formats: how a network is written, opened and run in each."""
 
+import functools
 import importlib
 import io
 import json
@@ -42,6 +43,19 @@ def require(*packages: str) -> List[Any]:
             f'the package {error.name or packages[0]} is missing; install '
             f'the packages for deployment with: {EXTRA}'
         ) from error
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """Return the only ``openvino.Core`` of the process.
+
+    OpenVINO's CPU plugin, one per core, replaces the stack of signal handlers
+    and restores the previous one when it is destroyed. If two cores are not
+    destroyed in reverse order, freed memory becomes the stack, and the next
+    signal, such as the end of a data loader's process, kills the process.
+    """
+    (openvino,) = require('openvino')
+    return openvino.Core()
 
 
 def dynamic_shapes(network: Any, fixed_size: bool) -> tuple:
@@ -210,7 +224,6 @@ class OpenVinoFormat(Format):
         Returns:
             Callable: Function from images ``(B, C, H, W)`` to the outputs.
         """
-        (openvino,) = require('openvino')
         options: Dict[str, Any] = {
             'PERFORMANCE_HINT': 'LATENCY',
             # By default, some processors compute in bfloat16.
@@ -219,7 +232,7 @@ class OpenVinoFormat(Format):
         if threads is not None:
             options['INFERENCE_NUM_THREADS'] = threads
         request = (
-            openvino.Core()
+            openvino_core()
             .compile_model(path, 'CPU', options)
             .create_infer_request()
         )
@@ -232,8 +245,7 @@ class OpenVinoFormat(Format):
 
     def read_metadata(self, path) -> Dict[str, str]:
         """Read the metadata that :meth:`write` stored in a file."""
-        (openvino,) = require('openvino')
-        info = openvino.Core().read_model(path).get_rt_info([METADATA_KEY])
+        info = openvino_core().read_model(path).get_rt_info([METADATA_KEY])
         return {
             key: str(getattr(value, 'value', value))
             for key, value in info.value.items()

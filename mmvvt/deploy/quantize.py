@@ -5,7 +5,7 @@ from typing import Any, List
 
 from torch import Tensor
 
-from .formats import FORMATS, INPUT_NAME, require
+from .formats import FORMATS, INPUT_NAME, openvino_core, require
 
 # Formats and the package that quantises them.
 QUANTIZERS = dict(onnx='onnxruntime', openvino='nncf')
@@ -65,10 +65,10 @@ def _quantize_onnx(source: str, path: str, images: List[Tensor]) -> None:
 def _quantize_openvino(
     source: str, path: str, images: List[Tensor], metadata: dict
 ) -> None:
-    nncf, openvino = require('nncf', 'openvino')
+    (nncf,) = require('nncf')
     nncf.set_log_level(logging.ERROR)
     quantized = nncf.quantize(
-        openvino.Core().read_model(source),
+        openvino_core().read_model(source),
         nncf.Dataset(images, lambda image: image.numpy()),
         subset_size=len(images),
         # Leaves the normalisation and the attention in float32.

@@ -15,7 +15,7 @@ from mmvvt.deploy.formats import FORMATS
 from mmvvt.deploy.networks import build_network
 from mmvvt.errors import UserError, WriteError
 
-from conftest import relative_error
+from conftest import relative_error, run_tool
 from export_cases import SHORT, build, load, save_random, small_config
 
 
@@ -264,3 +264,30 @@ def test_models_that_cannot_be_exported(config):
     # Its backbone can.
     network = build_network(model, backbone=True)
     assert network.output_names[-1] == 'feature_3'
+
+
+def test_signals_are_handled_after_openvino(tmp_path):
+    """In a process of its own, which a second core of OpenVINO would kill."""
+    script = """
+import faulthandler, os, signal, sys
+import torch
+from mmvvt.deploy.formats import FORMATS
+
+class Network(torch.nn.Conv2d):
+    fixed_batch = False
+    output_names = ['maps']
+
+# Python handles signals on a stack of its own, which OpenVINO replaces.
+faulthandler.enable()
+signal.signal(signal.SIGUSR1, lambda *_: print('handled'))
+form = FORMATS['openvino']
+form.write(
+    Network(3, 4, 4, 4), torch.zeros(2, 3, 64, 96), sys.argv[1], False, {}
+)
+first, second = form.open(sys.argv[1]), form.open(sys.argv[1])
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = run_tool('-c', script, tmp_path / 'model.xml')
+    assert (done.returncode, done.stdout) == (0, 'handled\n')
