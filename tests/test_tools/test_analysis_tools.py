@@ -1,13 +1,31 @@
 """Tests of the command lines of tools/analysis_tools."""
 
 import re
+from pathlib import Path
 
 import cv2
 import pytest
 
 from mmvvt.analysis.benchmark import read_csv
 
-from conftest import run_tool
+from conftest import ROOT, run_tool
+
+
+def test_stock_get_flops():
+    """The tool of mmpretrain counts a classifier with VVT."""
+    import mmpretrain
+
+    folder = Path(mmpretrain.__path__[0])
+    done = run_tool(
+        folder / '.mim/tools/analysis_tools/get_flops.py',
+        ROOT / 'configs/demo/vvt-nano_digits.py',
+        '--shape',
+        32,
+    )
+    assert done.returncode == 0, done.stdout
+    assert 'Params: 0.693M' in done.stdout
+    (flops,) = re.findall(r'^Flops: ([0-9.]+)M$', done.stdout, re.MULTILINE)
+    assert float(flops) > 1
 
 
 def test_get_flops():

@@ -97,6 +97,18 @@ val_dataloader['dataset']['pipeline'] = [load, resize, objects, pack]
     return path
 
 
+def test_stock_get_flops(config):
+    """The tool of mmdet counts a detector with VVT at the data set's sizes."""
+    import mmdet
+
+    tool = Path(mmdet.__path__[0]) / '.mim/tools/analysis_tools/get_flops.py'
+    done = run_tool(tool, config, '--num-images', 1)
+    assert done.returncode == 0, done.stdout
+    assert 'Input shape: (128, 160)' in done.stdout
+    (flops,) = re.findall(r'^Flops: ([0-9.]+)G$', done.stdout, re.MULTILINE)
+    assert float(flops) > 1
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, config):
     """Work directory after one epoch with one step."""
