@@ -31,10 +31,11 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def build():
+def build(dtype=torch.float32):
     torch.manual_seed(0)
     model = VVT(ARCH, out_indices=(0,))
     model.init_weights()
+    model.to(dtype)
     return model, torch.compile(model, fullgraph=True)
 
 
@@ -51,7 +52,9 @@ def forward_backward(network, model, x):
     model.zero_grad()
     (out,) = network(x)
     # The output of a LayerNorm sums to zero, but its square does not.
-    out.float().pow(4).mean().backward()
+    out.to(torch.promote_types(out.dtype, torch.float32)).pow(
+        4
+    ).mean().backward()
     grads = {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()
@@ -60,27 +63,35 @@ def forward_backward(network, model, x):
     return out, grads
 
 
-def errors(found, expected):
-    """Relative error of each gradient that is not almost zero."""
+def errors(found, expected, least=1e-3):
+    """Relative error of each gradient that is not almost zero.
+
+    ``least`` is the smallest norm relative to that of the largest gradient.
+    """
     assert found.keys() == expected.keys()
     largest = max(grad.norm() for grad in expected.values())
     # Others are sums of terms that cancel out.
-    names = [n for n, grad in expected.items() if grad.norm() > 1e-3 * largest]
-    assert len(names) > len(expected) // 2
+    names = [
+        n for n, grad in expected.items() if grad.norm() > least * largest
+    ]
+    assert 2 * len(names) >= len(expected)
     return {n: relative_error(found[n], expected[n]) for n in names}
 
 
 def test_training_at_several_sizes():
-    model, compiled = build()
+    """In float64: queries amplify rounding errors by a factor of 1000.
+
+    Their gradients are differences of almost equal sums. In float32, the
+    errors are 1e-5 to 3e-4 with and without the compiler.
+    """
+    model, compiled = build(torch.float64)
     # The first size is compiled as a constant, the second one as a symbol.
     for size in ((64, 96), (96, 64)):
-        x = torch.randn(2, 3, *size)
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
         out, grads = forward_backward(compiled, model, x)
         expected, wanted = forward_backward(model, model, x)
-        assert relative_error(out, expected) < 1e-5
-        # Where the sum of weights is small, the gradients of queries amplify
-        # rounding errors by a factor of about 1000.
-        assert max(errors(grads, wanted).values()) < 5e-3
+        assert relative_error(out, expected) < 1e-12
+        assert max(errors(grads, wanted, 1e-6).values()) < 1e-9
 
 
 def test_inference_at_several_sizes():
