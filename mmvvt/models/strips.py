@@ -13,6 +13,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from mmvvt.ops import LOCALITIES, check_backend
+from mmvvt.ops.autograd import autocast_enabled
 from mmvvt.ops.strips import (
     AttentionSettings,
     AttentionWeights,
@@ -20,6 +21,7 @@ from mmvvt.ops.strips import (
     attention_branch,
     mlp_branch,
     runs_in_strips,
+    sum_dtype,
 )
 
 from .attention import VicinityAttention
@@ -84,7 +86,9 @@ def find_obstacle(
     """
     if not runs_in_strips(x, block.hidden_dims):
         return 'strips require large float inputs on a CPU in eager mode'
-    difference = find_difference(block, LAYERS, x)
+    # Autocast converts the weights of the layers, not those of LayerNorm.
+    dtype = torch.float32 if autocast_enabled(x) else x.dtype
+    difference = find_difference(block, LAYERS, x, (dtype,))
     if difference is not None:
         return difference
     attn, mlp = block.attn, block.mlp
@@ -105,7 +109,12 @@ def _path_scale(drop_path: DropPath, x: Tensor) -> Optional[Tensor]:
     """Per-sample drop-path scale ``(B, 1, 1)``; None if all scales are 1."""
     if not drop_path.training or drop_path.drop_prob == 0:
         return None
-    return drop_path(x.new_ones(len(x), 1, 1))
+    dtype = x.dtype
+    if autocast_enabled(x):
+        dtype = torch.get_autocast_dtype('cpu')
+    # Random numbers are drawn as for the branch that the layers compute.
+    kept = drop_path(x.new_ones(len(x), 1, 1, dtype=dtype)) > 0
+    return kept.to(sum_dtype(dtype)).div_(1 - drop_path.drop_prob)
 
 
 def forward(

@@ -1,5 +1,6 @@
 """Compare blocks that run in strips with the layers."""
 
+import contextlib
 import copy
 from collections import defaultdict
 
@@ -10,7 +11,7 @@ import torch.nn as nn
 from mmvvt.models import strips
 from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES
-from mmvvt.ops.strips import MLPWeights, common, mlp_branch
+from mmvvt.ops.strips import MLPWeights, common, mlp, mlp_branch
 
 from conftest import relative_error
 
@@ -178,28 +179,96 @@ def test_poisoned_buffers(strip_numbers):
     assert_same(poisoned, expected, 1e-12)
 
 
-def test_not_worse_than_layers_in_float32(strip_numbers):
-    """Float32 errors are at most twice those of the layers.
+# Dtypes of the weights, of the tokens, and of autocast
+PRECISIONS = {
+    'float32': (torch.float32, torch.float32, None),
+    'bfloat16': (torch.bfloat16, torch.bfloat16, None),
+    'float16': (torch.float16, torch.float16, None),
+    'autocast': (torch.float32, torch.bfloat16, torch.bfloat16),
+    'autocast, float32 tokens': (torch.float32, torch.float32, torch.bfloat16),
+}
 
-    The root mean square over several draws is compared, because a token with
-    a very small sum of weights can increase either error by a factor of ten.
+
+def mixed(autocast):
+    if autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast('cpu', autocast)
+
+
+@pytest.mark.parametrize('products', [True, False])
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_not_worse_than_layers(
+    precision, products, strip_numbers, monkeypatch
+):
+    """Errors against float64 are at most twice those of the layers.
+
+    With and without a processor that multiplies in the dtype. The root mean
+    square over several draws is compared, because a token with a very small
+    sum of weights can increase either error by a factor of ten.
     """
+    monkeypatch.setattr(common, 'has_products', lambda dtype: products)
+    of_weights, of_tokens, autocast = PRECISIONS[precision]
     errors = defaultdict(list)
-    for _ in range(8):
-        exact = build_block()
-        block = copy.deepcopy(exact).float()
-        x = torch.randn(2, 35, 16, dtype=torch.float64)
-        cotangent = torch.randn_like(x)
-        expected = run(exact, x, (7, 5), cotangent)
-        sides = [
-            run(candidate, x.float(), (7, 5), cotangent.float())
-            for candidate in (block, layer_by_layer(block))
-        ]
+    for draw in range(8):
+        block = build_block(
+            of_weights, locality=LOCALITIES[draw % 4], clamp=draw < 4
+        )
+        x = torch.randn(2, 35, 16).to(of_tokens)
+        cotangent = torch.randn(2, 35, 16).to(of_tokens)
+        expected = run(
+            layer_by_layer(block).double(),
+            x.double(),
+            (7, 5),
+            cotangent.double(),
+        )
+        sides = []
+        for candidate in (block, layer_by_layer(block)):
+            with mixed(autocast):
+                assert runs_in_strips(block, x)
+                sides.append(run(candidate, x, (7, 5), cotangent))
         for name, want in expected.items():
+            assert sides[0][name].dtype == sides[1][name].dtype, name
             errors[name].append([relative_error(t[name], want) for t in sides])
     for name, values in errors.items():
         ours, layers = torch.tensor(values).square().mean(dim=0).sqrt()
         assert ours <= 2 * layers, name
+
+
+def test_autocast_converts_weights_once(monkeypatch):
+    """The strips convert no weights, and autocast is off inside them."""
+    seen = []
+
+    def depthwise(window, weight, *args):
+        seen.append((weight.data_ptr(), torch.is_autocast_enabled('cpu')))
+        assert window.dtype == weight.dtype == torch.bfloat16
+        return original(window, weight, *args)
+
+    original = mlp._depthwise
+    monkeypatch.setattr(mlp, '_depthwise', depthwise)
+    monkeypatch.setattr(common, 'STRIP_NUMBERS', 1)
+    monkeypatch.setattr(common, 'has_products', lambda dtype: True)
+    block = build_block(torch.float32)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        block(torch.randn(1, 35, 16), (7, 5))
+    assert len(seen) == 3 and len(set(seen)) == 1
+    assert not seen[0][1]
+
+
+@pytest.mark.parametrize('precision', list(PRECISIONS)[1:])
+def test_stochastic_depth_in_half_precision(precision):
+    """The same samples are dropped, and the others are scaled."""
+    of_weights, of_tokens, autocast = PRECISIONS[precision]
+    block = build_block(of_weights, path_rate=0.5).train()
+    x = torch.randn(16, 35, 16).to(of_tokens)
+    outs = []
+    for candidate in (block, layer_by_layer(block)):
+        torch.manual_seed(3)
+        with mixed(autocast):
+            outs.append(candidate(x, (7, 5)))
+    assert outs[0].dtype == outs[1].dtype == of_tokens
+    assert relative_error(outs[0], outs[1]) < 0.02
+    dropped, same = ((out == x).all(dim=2).all(dim=1) for out in outs)
+    assert torch.equal(dropped, same) and 0 < dropped.sum() < 16
 
 
 def test_stochastic_depth_draws_the_same(strip_numbers):
@@ -305,10 +374,11 @@ def test_what_goes_layer_by_layer(monkeypatch):
     dropout = build_block(drop_rate=0.1)
     assert not runs_in_strips(dropout.train(), x)
     assert runs_in_strips(dropout.eval(), x)
-    assert not runs_in_strips(build_block(torch.bfloat16), x.bfloat16())
     assert not runs_in_strips(build_block(), x.float())  # different dtypes
     with torch.autocast('cpu', torch.bfloat16):
         assert not runs_in_strips(build_block(), x)
+        assert not runs_in_strips(build_block(torch.float32), x.half())
+        assert not runs_in_strips(build_block(torch.bfloat16), x.bfloat16())
     # number of elements in the hidden layers of two images
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 2 * 35 * 64)
     assert not runs_in_strips(build_block(), x)

@@ -1,7 +1,7 @@
 """Residual branches of a block on CPUs, computed in strips of rows."""
 
 from .attention import AttentionSettings, AttentionWeights, attention_branch
-from .common import runs_in_strips
+from .common import runs_in_strips, sum_dtype
 from .mlp import MLPWeights, mlp_branch
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     'attention_branch',
     'mlp_branch',
     'runs_in_strips',
+    'sum_dtype',
 ]

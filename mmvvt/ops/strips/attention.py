@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..angles import NUM_FACTORS, axis_factors, combine_factors, token_factors
-from ..autograd import needs_custom_backward
+from ..autograd import needs_custom_backward, without_autocast
 from ..clamp import clamp_in_place, mask_clamp_grad
 from ..linear import clamp_sums, divide, divide_backward
 from .common import (
@@ -22,9 +22,11 @@ from .common import (
     Workspace,
     check_differentiated_once,
     cut,
+    dtype_of_strips,
     layer_norm,
     layer_norm_grads,
     linear,
+    sum_dtype,
     sum_pixels,
     to_images,
 )
@@ -56,6 +58,15 @@ class AttentionWeights(NamedTuple):
     out_bias: Tensor
     squeeze_weight: Tensor
     excite_weight: Tensor
+
+    def to(self, dtype: torch.dtype) -> 'AttentionWeights':
+        """Convert once for all strips; LayerNorm and gate keep float32."""
+        sums = sum_dtype(dtype)
+        return AttentionWeights(
+            *(t.to(sums) for t in self[:2]),
+            *(t.to(dtype) for t in self[2:6]),
+            *(t.to(sums) for t in self[6:]),
+        )
 
 
 class AttentionSettings(NamedTuple):
@@ -176,9 +187,12 @@ def _keys_and_values(
         the key-value product also contains the sum of keys.
     """
     # (b, m, w, 3 * R) -> three tensors of shape (b, m, w, R)
-    _, k, v = projected.chunk(3, dim=-1)
-    features = _features(_split_heads(k, num_heads).relu(), factors, workspace)
-    return features, F.pad(_split_heads(v, num_heads), (0, 1), value=1.0)
+    _, k, v = (
+        _split_heads(t, num_heads).to(sum_dtype(t.dtype))
+        for t in projected.chunk(3, dim=-1)
+    )
+    features = _features(k.relu(), factors, workspace)
+    return features, F.pad(v, (0, 1), value=1.0)
 
 
 def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
@@ -207,7 +221,8 @@ def _forward(
 
     Args:
         x (Tensor): Images of shape ``(B, h, w, C)``.
-        weights (AttentionWeights): Weights of the branch.
+        weights (AttentionWeights): Weights of the branch, converted to the
+            dtype in which the strips are computed.
         settings (AttentionSettings): Settings of the branch.
         scale (Tensor, optional): Per-sample drop-path scale of shape
             ``(B, 1, 1, 1)``.
@@ -225,6 +240,7 @@ def _forward(
     reduced_dims = weights.out_weight.shape[1]
     head_dims = reduced_dims // heads
     feature_dims = NUM_FACTORS[settings.locality] * head_dims
+    dtype = weights.out_weight.dtype
     # The strip size accounts for two tensors with the width of the features.
     pieces = list(cut(batch, height, width, 2 * heads * feature_dims))
 
@@ -233,13 +249,15 @@ def _forward(
     # Otherwise only the queries are needed, and they are stored in the memory
     # of the output until the second pass overwrites them.
     projected = (
-        x.new_empty(batch, height, width, 3 * reduced_dims)
+        x.new_empty(batch, height, width, 3 * reduced_dims, dtype=dtype)
         if keep
         else out[..., :reduced_dims]
     )
     workspace = Workspace()
-    sums = x.new_zeros(batch, heads, feature_dims, head_dims + 1)
-    token_sum = x.new_zeros(batch, x.shape[-1])
+    sums = x.new_zeros(
+        batch, heads, feature_dims, head_dims + 1, dtype=sum_dtype(dtype)
+    )
+    token_sum = sums.new_zeros(batch, x.shape[-1])
     for images, strips in pieces:
         for rows in strips:
             normed, _, _ = layer_norm(
@@ -247,29 +265,30 @@ def _forward(
                 weights.norm_weight,
                 weights.norm_bias,
                 settings.norm_eps,
+                dtype,
             )
-            token_sum[images] += normed.sum(dim=(1, 2))
+            token_sum[images] += normed.sum(dim=(1, 2), dtype=sums.dtype)
             qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
             projected[images, rows] = qkv[..., : projected.shape[-1]]
-            factors = _factors((height, width), rows, settings.locality, x)
+            factors = _factors((height, width), rows, settings.locality, sums)
             k, v = _keys_and_values(qkv, factors, heads, workspace)
             # (b, heads, n * d, p) @ (b, heads, p, d + 1)
             # -> (b, heads, n * d, d + 1)
             sums[images] += k.transpose(-2, -1) @ v
     clamped_sums = clamp_sums(sums, clamp)
     _, gate = _gate(token_sum / (height * width), weights)
+    gate = gate.to(dtype)
 
     # The outputs of the output projection are saved, because the gradient
     # masks of the following clamps depend on them.
-    kept = torch.empty_like(x) if keep else None
+    kept = torch.empty_like(x, dtype=dtype) if keep else None
     for images, strips in pieces:
         for rows in strips:
             q = projected[images, rows, :, :reduced_dims]
-            merged = workspace.take('merged', q, *q.shape)
-            factors = _factors((height, width), rows, settings.locality, x)
-            features = _features(
-                _split_heads(q, heads).relu(), factors, workspace
-            )
+            merged = workspace.take('merged', weights.out_weight, *q.shape)
+            factors = _factors((height, width), rows, settings.locality, sums)
+            queries = _split_heads(q, heads).to(sums.dtype)
+            features = _features(queries.relu(), factors, workspace)
             products = features @ clamped_sums[images]  # (b, heads, p, d + 1)
             _merge_heads(divide(products, clamp, settings.eps), merged)
             branch = linear(merged, weights.out_weight, weights.out_bias)
@@ -290,25 +309,31 @@ class _AttentionBranch(torch.autograd.Function):
     """Attention branch that recomputes activations in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, settings, scale, *weights):
+    def forward(ctx, x, settings, scale, dtype, *weights):
         weights = AttentionWeights(*weights)
-        out, kept = _forward(x, weights, settings, scale, True)
-        ctx.settings = settings
+        with without_autocast(x):
+            out, kept = _forward(x, weights.to(dtype), settings, scale, True)
+        ctx.settings, ctx.dtype = settings, dtype
         ctx.save_for_backward(x, scale, *kept, *weights)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         check_differentiated_once()
+        with without_autocast(grad):
+            return _AttentionBranch._backward(ctx, grad.contiguous())
+
+    @staticmethod
+    def _backward(ctx, grad):
         x, scale, projected, kept, sums, token_sum, *weights = (
             ctx.saved_tensors
         )
-        weights, settings = AttentionWeights(*weights), ctx.settings
+        settings, dtype = ctx.settings, ctx.dtype
+        weights = AttentionWeights(*weights).to(dtype)
         batch, height, width, _ = x.shape
         heads, clamp = settings.num_heads, settings.clamp
         reduced_dims = weights.out_weight.shape[1]
         pieces = list(cut(batch, height, width, 2 * heads * sums.shape[2]))
-        grad = grad.contiguous()
         clamped_sums = clamp_sums(sums, clamp)
         mean = token_sum / (height * width)
         hidden, gate = _gate(mean, weights)
@@ -324,8 +349,8 @@ class _AttentionBranch(torch.autograd.Function):
         grad_projected = torch.empty_like(projected)
         for images, strips in pieces:
             for rows in strips:
-                image_gate = gate[images, None, None]  # (b, 1, 1, C)
-                branch_grad = grad[images, rows].clone()
+                image_gate = gate[images, None, None].to(dtype)  # (b, 1, 1, C)
+                branch_grad = grad[images, rows].to(dtype, copy=True)
                 if scale is not None:
                     branch_grad.mul_(scale[images])
                 raw = out = kept[images, rows]
@@ -334,20 +359,22 @@ class _AttentionBranch(torch.autograd.Function):
                     mask_clamp_grad(
                         branch_grad, torch.addcmul(out, out, image_gate)
                     )
-                grad_gate[images] += (branch_grad * out).sum(dim=(1, 2))
+                grad_gate[images] += (branch_grad * out).sum(
+                    dim=(1, 2), dtype=gate.dtype
+                )
                 branch_grad.addcmul_(branch_grad, image_gate)
                 if clamp:
                     mask_clamp_grad(branch_grad, raw)
 
-                factors = _factors((height, width), rows, settings.locality, x)
-                q = _split_heads(
-                    projected[images, rows, :, :reduced_dims], heads
-                ).relu()
+                factors = _factors(
+                    (height, width), rows, settings.locality, sums
+                )
+                q = projected[images, rows, :, :reduced_dims].to(sums.dtype)
+                q = _split_heads(q, heads).relu()
                 features = _features(q, factors, workspace)
                 # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
-                divided_grad = _split_heads(
-                    linear(branch_grad, from_out), heads
-                ).contiguous()
+                divided_grad = linear(branch_grad, from_out).to(sums.dtype)
+                divided_grad = _split_heads(divided_grad, heads).contiguous()
                 # (b, heads, p, d + 1) and (b, heads, p, d)
                 products_grad, divided = divide_backward(
                     divided_grad,
@@ -389,7 +416,9 @@ class _AttentionBranch(torch.autograd.Function):
         for images, strips in pieces:
             for rows in strips:
                 qkv = projected[images, rows]
-                factors = _factors((height, width), rows, settings.locality, x)
+                factors = _factors(
+                    (height, width), rows, settings.locality, sums
+                )
                 features, v = _keys_and_values(qkv, factors, heads, workspace)
                 k_grad = _fold(
                     v @ grad_sums[images].transpose(-2, -1), factors
@@ -407,6 +436,7 @@ class _AttentionBranch(torch.autograd.Function):
                     weights.norm_weight,
                     weights.norm_bias,
                     settings.norm_eps,
+                    dtype,
                 )
                 grads.add('qkv_bias', sum_pixels(qkv_grad))
                 grads.add_product('qkv_weight', qkv_grad, normed)
@@ -425,7 +455,7 @@ class _AttentionBranch(torch.autograd.Function):
                 )
                 grads.add('norm_weight', parts[1])
                 grads.add('norm_bias', parts[2])
-        return grad_x, None, None, *grads.of(AttentionWeights._fields)
+        return grad_x, None, None, None, *grads.of(AttentionWeights._fields)
 
 
 def attention_branch(
@@ -458,8 +488,10 @@ def attention_branch(
             ``create_graph=True``.
     """
     x, scale = to_images(x, spatial_shape, scale)
+    dtype = dtype_of_strips(x)
     if needs_custom_backward(x, *weights):
-        out = _AttentionBranch.apply(x, settings, scale, *weights)
+        out = _AttentionBranch.apply(x, settings, scale, dtype, *weights)
     else:
-        out, _ = _forward(x, weights, settings, scale, False)
+        with without_autocast(x):
+            out, _ = _forward(x, weights.to(dtype), settings, scale, False)
     return out.flatten(1, 2)  # (B, N, C)

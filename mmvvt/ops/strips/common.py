@@ -16,15 +16,65 @@ STRIP_NUMBERS = 4096 * 768
 # Batches whose widest activation has no more elements than this, 4 MiB in
 # float32, are faster layer by layer.
 LEAST_NUMBERS = 1 << 20
-DTYPES = (torch.float32, torch.float64)
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of a dtype.
+
+    Processors without such instructions convert each number to float32 and
+    back, which takes longer than the product.
+
+    Args:
+        dtype (torch.dtype): Floating-point dtype.
+
+    Returns:
+        bool: True for float32 and float64, for bfloat16 with AVX512-BF16 or
+        AMX, and for float16 with AMX-FP16.
+    """
+    names: Tuple[str, ...]
+    if dtype is torch.bfloat16:
+        names = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    elif dtype is torch.float16:
+        names = ('_is_amx_fp16_supported',)
+    else:
+        return True
+    # PyTorch 2.4 and 2.5 have some of these functions only.
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def dtype_of_strips(x: Tensor) -> torch.dtype:
+    """Return the dtype in which strips of these tokens are computed.
+
+    It is the dtype in which the layers would compute: that of autocast, or
+    that of the tokens. On processors without products of this dtype, it is
+    float32, and the results of a branch are rounded to the dtype of ``x``.
+    Sums over tokens are at least float32 in all cases.
+
+    Args:
+        x (Tensor): Tokens on a CPU, for which :func:`runs_in_strips` is True.
+
+    Returns:
+        torch.dtype: The dtype.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled('cpu'):
+        dtype = torch.get_autocast_dtype('cpu')
+    return dtype if has_products(dtype) else torch.float32
+
+
+def _token_dtypes() -> Tuple[torch.dtype, ...]:
+    """Dtypes of tokens that can be computed in strips."""
+    if torch.is_autocast_enabled('cpu'):
+        return torch.float32, torch.get_autocast_dtype('cpu')
+    return torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def runs_in_strips(x: Tensor, channels: int) -> bool:
     """Check whether a branch should be computed in strips.
 
-    Strips are used for large batches of float32 or float64 tokens on a CPU.
-    They are not used under autocast, nor while compiling or tracing, because
-    compilers optimise the individual layers better.
+    Strips are used for large batches of tokens on a CPU. They are not used
+    while compiling or tracing, because compilers optimise the individual
+    layers better.
 
     Args:
         x (Tensor): Tokens of shape ``(B, N, C)``.
@@ -38,11 +88,15 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
     return (
         not is_transformed()
         and x.device.type == 'cpu'
-        and x.dtype in DTYPES
-        and not torch.is_autocast_enabled('cpu')
+        and x.dtype in _token_dtypes()
         and type(x) in (Tensor, torch.nn.Parameter)
         and len(x) * x.shape[1] * channels > LEAST_NUMBERS
     )
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums over tokens: float32 or higher precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_differentiated_once() -> None:
@@ -123,7 +177,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 
     Args:
         x (Tensor): Contiguous input of shape ``(b, rows, w, C_in)``.
-        weight (Tensor): Weight of shape ``(C_out, C_in)``.
+        weight (Tensor): Weight of shape ``(C_out, C_in)``, of the same dtype.
         bias (Tensor, optional): Bias of shape ``(C_out, )``. Defaults to
             None.
 
@@ -135,22 +189,31 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Apply a LayerNorm over the channels.
+    """Apply a LayerNorm over the channels, with statistics in float32.
 
     Args:
         x (Tensor): Input of shape ``(b, rows, w, C)``.
-        weight (Tensor): Weight of shape ``(C, )``.
-        bias (Tensor): Bias of shape ``(C, )``.
+        weight (Tensor): Weight of shape ``(C, )``, see :func:`sum_dtype`.
+        bias (Tensor): Bias of shape ``(C, )``, of the dtype of the weight.
         eps (float): Value added to the variance.
+        dtype (torch.dtype): Dtype of the normalised tensor.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: Normalised tensor of the shape of
         ``x``, and mean and reciprocal standard deviation, both of shape
         ``(b, rows, w, 1)``.
     """
-    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    x = x.to(torch.promote_types(x.dtype, dtype))
+    out, mean, rstd = torch.native_layer_norm(
+        x, x.shape[-1:], weight, bias, eps
+    )
+    return out.to(dtype), mean, rstd
 
 
 def layer_norm_grads(
@@ -175,8 +238,16 @@ def layer_norm_grads(
     Returns:
         tuple[Tensor, Tensor, Tensor]: Gradients of x, weight and bias.
     """
+    x = x.to(torch.promote_types(x.dtype, grad.dtype))
     return torch.ops.aten.native_layer_norm_backward(
-        grad, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+        grad.to(x.dtype),
+        x,
+        x.shape[-1:],
+        mean,
+        rstd,
+        weight,
+        bias,
+        [True, True, True],
     )
 
 
@@ -193,9 +264,9 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def sum_pixels(x: Tensor) -> Tensor:
-    """Sum over images, rows and columns."""
+    """Sum over images, rows and columns, in float32 or higher precision."""
     # (b, rows, w, C) -> (b * rows * w, C) -> (C, )
-    return x.flatten(0, 2).sum(dim=0)
+    return x.flatten(0, 2).sum(dim=0, dtype=sum_dtype(x.dtype))
 
 
 class Workspace:
@@ -227,7 +298,7 @@ class Workspace:
 
 
 class GradSums:
-    """Accumulates the gradients of weights over strips.
+    """Accumulates the gradients of weights over strips, at least in float32.
 
     The gradients of the first strip are stored without a copy, so no zero
     initialisation and no addition are needed if there is only one strip.
@@ -247,7 +318,7 @@ class GradSums:
         if name in self._sums:
             self._sums[name].add_(grad)
         else:
-            self._sums[name] = grad
+            self._sums[name] = grad.to(sum_dtype(grad.dtype))
 
     def add_product(self, name: str, grad: Tensor, x: Tensor) -> None:
         """Add the weight gradient ``grad.T @ x`` of a linear layer.
@@ -259,10 +330,10 @@ class GradSums:
         """
         # (b, rows, w, channels) -> (b * rows * w, channels)
         grad, x = grad.flatten(0, 2), x.flatten(0, 2)
-        if name in self._sums:
+        if name in self._sums and self._sums[name].dtype == x.dtype:
             self._sums[name].addmm_(grad.t(), x)
         else:
-            self._sums[name] = grad.t() @ x
+            self.add(name, grad.t() @ x)
 
     def of(self, names: Tuple[str, ...]) -> List[Tensor]:
         """Return the accumulated gradients in the order of ``names``."""

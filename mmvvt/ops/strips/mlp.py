@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import needs_custom_backward
+from ..autograd import needs_custom_backward, without_autocast
 from .common import (
     GradSums,
     RowWindow,
     check_differentiated_once,
     cut,
+    dtype_of_strips,
     layer_norm,
     layer_norm_grads,
     linear,
+    sum_dtype,
     sum_pixels,
     to_channels,
     to_images,
@@ -52,6 +54,13 @@ class MLPWeights(NamedTuple):
     dwconv_bias: Tensor
     fc2_weight: Tensor
     fc2_bias: Tensor
+
+    def to(self, dtype: torch.dtype) -> 'MLPWeights':
+        """Convert the weights once for all strips; LayerNorm keeps float32."""
+        norm = sum_dtype(dtype)
+        return MLPWeights(
+            *(t.to(norm) for t in self[:2]), *(t.to(dtype) for t in self[2:])
+        )
 
 
 def _depthwise(
@@ -121,7 +130,8 @@ def _forward(
 
     Args:
         x (Tensor): Images of shape ``(B, h, w, C)``.
-        weights (MLPWeights): Weights of the branch.
+        weights (MLPWeights): Weights of the branch, converted to the dtype in
+            which the strips are computed.
         eps (float): Epsilon of the LayerNorm.
         scale (Tensor, optional): Per-sample drop-path scale of shape
             ``(B, 1, 1, 1)``.
@@ -135,11 +145,16 @@ def _forward(
     """
     batch, height, width, _ = x.shape
     hidden_dims = weights.fc1_weight.shape[0]
+    dtype = weights.fc1_weight.dtype
     window = RowWindow(height)
     for images, strips in cut(batch, height, width, hidden_dims):
         for rows in strips:
             normed, _, _ = layer_norm(
-                x[images, rows], weights.norm_weight, weights.norm_bias, eps
+                x[images, rows],
+                weights.norm_weight,
+                weights.norm_bias,
+                eps,
+                dtype,
             )
             hidden = linear(normed, weights.fc1_weight, weights.fc1_bias)
             hidden, rows, padding = window.push(hidden, rows)
@@ -162,21 +177,33 @@ class _MLPBranch(torch.autograd.Function):
     """MLP branch that recomputes activations in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, eps, scale, *weights):
-        weights = MLPWeights(*weights)
+    def forward(ctx, x, eps, scale, dtype, *weights):
         kept: List[Tensor] = []
-        out = _forward(x, weights, eps, scale, kept, torch.empty_like(x))
-        ctx.eps = eps
+        with without_autocast(x):
+            out = _forward(
+                x,
+                MLPWeights(*weights).to(dtype),
+                eps,
+                scale,
+                kept,
+                torch.empty_like(x),
+            )
+        ctx.eps, ctx.dtype = eps, dtype
         ctx.save_for_backward(x, scale, *weights, *kept)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         check_differentiated_once()
+        with without_autocast(grad):
+            return _MLPBranch._backward(ctx, grad.contiguous())
+
+    @staticmethod
+    def _backward(ctx, grad):
         x, scale, *saved = ctx.saved_tensors
-        number = len(MLPWeights._fields)
-        weights, kept = MLPWeights(*saved[:number]), iter(saved[number:])
-        grad = grad.contiguous()
+        number, dtype = len(MLPWeights._fields), ctx.dtype
+        weights = MLPWeights(*saved[:number]).to(dtype)
+        kept = iter(saved[number:])
         batch, height, width, _ = x.shape
         hidden_dims = weights.fc1_weight.shape[0]
         # Weights that map gradients of outputs to gradients of inputs.
@@ -198,6 +225,7 @@ class _MLPBranch(torch.autograd.Function):
                         weights.norm_weight,
                         weights.norm_bias,
                         ctx.eps,
+                        dtype,
                     )
                     hidden = linear(
                         normed, weights.fc1_weight, weights.fc1_bias
@@ -212,6 +240,7 @@ class _MLPBranch(torch.autograd.Function):
                 branch_grad = grad[images, rows]  # (b, m, w, C)
                 if scale is not None:
                     branch_grad = branch_grad * scale[images]
+                branch_grad = branch_grad.to(dtype)
                 grads.add('fc2_bias', sum_pixels(branch_grad))
                 grads.add_product('fc2_weight', branch_grad, F.gelu(mixed))
                 # (b, m, w, C) -> (b, m, w, D)
@@ -230,7 +259,11 @@ class _MLPBranch(torch.autograd.Function):
                 hidden_grad = _depthwise(hidden_grad, flipped, None, padding)
                 tokens = x[images, rows]
                 normed, mean, rstd = layer_norm(
-                    tokens, weights.norm_weight, weights.norm_bias, ctx.eps
+                    tokens,
+                    weights.norm_weight,
+                    weights.norm_bias,
+                    ctx.eps,
+                    dtype,
                 )
                 grads.add('fc1_bias', sum_pixels(hidden_grad))
                 grads.add_product('fc1_weight', hidden_grad, normed)
@@ -247,7 +280,7 @@ class _MLPBranch(torch.autograd.Function):
                 )
                 grads.add('norm_weight', parts[1])
                 grads.add('norm_bias', parts[2])
-        return grad_x, None, None, *grads.of(MLPWeights._fields)
+        return grad_x, None, None, None, *grads.of(MLPWeights._fields)
 
 
 def mlp_branch(
@@ -282,10 +315,11 @@ def mlp_branch(
             ``create_graph=True``.
     """
     x, scale = to_images(x, spatial_shape, scale)
+    dtype = dtype_of_strips(x)
     if needs_custom_backward(x, *weights):
-        out = _MLPBranch.apply(x, eps, scale, *weights)
+        out = _MLPBranch.apply(x, eps, scale, dtype, *weights)
     else:
-        out = _forward(
-            x, weights, eps, scale, None, x if inplace else torch.empty_like(x)
-        )
+        out = x if inplace else torch.empty_like(x)
+        with without_autocast(x):
+            out = _forward(x, weights.to(dtype), eps, scale, None, out)
     return out.flatten(1, 2)  # (B, N, C)
