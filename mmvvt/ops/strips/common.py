@@ -42,6 +42,13 @@ def has_products(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
+def _dtype_of_layers(x: Tensor) -> torch.dtype:
+    """Dtype in which the layers compute: that of autocast or of the tokens."""
+    if torch.is_autocast_enabled('cpu'):
+        return torch.get_autocast_dtype('cpu')
+    return x.dtype
+
+
 def dtype_of_strips(x: Tensor) -> torch.dtype:
     """Return the dtype in which strips of these tokens are computed.
 
@@ -56,9 +63,7 @@ def dtype_of_strips(x: Tensor) -> torch.dtype:
     Returns:
         torch.dtype: The dtype.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled('cpu'):
-        dtype = torch.get_autocast_dtype('cpu')
+    dtype = _dtype_of_layers(x)
     return dtype if has_products(dtype) else torch.float32
 
 
@@ -72,9 +77,10 @@ def _token_dtypes() -> Tuple[torch.dtype, ...]:
 def runs_in_strips(x: Tensor, channels: int) -> bool:
     """Check whether a branch should be computed in strips.
 
-    Strips are used for large batches of tokens on a CPU. They are not used
-    while compiling or tracing, because compilers optimise the individual
-    layers better.
+    Strips are used for large batches of tokens on a CPU, and for all batches
+    in a dtype that the processor does not multiply in, see
+    :func:`has_products`. They are not used while compiling or tracing,
+    because compilers optimise the individual layers better.
 
     Args:
         x (Tensor): Tokens of shape ``(B, N, C)``.
@@ -90,7 +96,10 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
         and x.device.type == 'cpu'
         and x.dtype in _token_dtypes()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and len(x) * x.shape[1] * channels > LEAST_NUMBERS
+        and (
+            len(x) * x.shape[1] * channels > LEAST_NUMBERS
+            or not has_products(_dtype_of_layers(x))
+        )
     )
 
 
