@@ -778,10 +778,8 @@ def _settings(q: Tensor, locality: str) -> dict:
     d = q.shape[-1]
     width = max(16, triton.next_power_of_2(d))  # tl.dot needs >= 16
     # A program keeps its J * D * E sums in registers: at most 16384 elements,
-    # which is 64 for each of 256 threads. IEEE products also read their
-    # operands from registers, so there are half as many.
-    elements = 2048 if q.dtype == torch.float32 else 4096
-    columns = min(width, elements // width)
+    # which is 64 for each of 256 threads.
+    columns = min(width, 4096 // width)
     return dict(
         d=d,
         D=width,
@@ -940,6 +938,11 @@ def _backward(
         q, torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     )
     delta = q.new_empty((b * heads, n), dtype=torch.float32)
+    gradient = dict(settings)
+    if q.dtype == torch.float32:
+        # IEEE products read their operands from registers.
+        width = settings['D']
+        gradient['E'] = min(width, 2048 // width)
     tile = _tile_tokens(2, q.dtype, settings['D'])
     tiles = triton.cdiv(n, tile)
     _query_gradient[(b * heads * tiles,)](
@@ -961,7 +964,7 @@ def _backward(
         CLAMP=clamp,
         TOKENS=tile,
         ALIGN=_align(q, grad, dq, t),
-        **settings,
+        **gradient,
     )
     dsums = _take_sums(
         q, t, delta, query_shape, settings, sums if clamp else None
@@ -984,7 +987,7 @@ def _backward(
         tiles,
         TOKENS=tile,
         ALIGN=_align(k, v, dk, dv),
-        **settings,
+        **gradient,
     )
     return dq, dk, dv
 
