@@ -512,8 +512,15 @@ class KernelRow:
 
 
 # Heads and side of the grid of the stages of a VVT-small at 224 pixels, by
-# channels per head; one head for other widths.
-STAGES = {48: (1, 56), 40: (2, 28), 32: (5, 14)}
+# channels per head or hidden channels; one head and 28 for other widths.
+STAGES = {
+    48: (1, 56),
+    40: (2, 28),
+    32: (5, 14),
+    768: (1, 56),
+    1280: (1, 28),
+    2048: (1, 7),
+}
 HEAD_DIMS = (32, 40, 48, 64, 128)
 CHANNELS = (768, 1280, 2048)  # hidden channels of the MLPs
 BATCH = 64
