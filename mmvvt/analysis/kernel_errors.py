@@ -22,9 +22,12 @@ from ..ops.dispatch import HAS_TRITON, INTERPRETED, TRITON_DTYPES
 # allows may differ by more than a factor of two from each other.
 FLOORS = {
     torch.float32: 1e-5,
-    torch.bfloat16: 2.0**-9,
-    torch.float16: 2.0**-12,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
 }
+# Larger errors are never allowed: some gradients of plain PyTorch in float16
+# and bfloat16 consist of rounding errors only.
+CEILING = 0.1
 
 
 @dataclass
@@ -39,7 +42,9 @@ class KernelError:
             kernel raised an error, its message.
         error (float): Relative error ``|a - b| / |b|`` against float64.
         allowed (float): Twice the relative error of plain PyTorch in the same
-            dtype, or the entry of :data:`FLOORS` if that is larger.
+            dtype, but not less than the entry of :data:`FLOORS` and not more
+            than :data:`CEILING`. Where plain float16 overflows, plain bfloat16
+            is used.
     """
 
     kernel: str
@@ -86,8 +91,10 @@ class Case:
 # Small grids for the interpreter, which takes about a second for a case. No
 # grid fills the tiles of the kernels.
 SMALL_ATTENTION = [
-    *(Case((5, 7), 1, 1, 24, locality=name) for name in LOCALITIES),
-    Case((6, 9), 1, 1, 40, (3, 4), clamp=False),
+    Case((5, 7), 1, 1, 24),
+    Case((6, 9), 1, 1, 40, (3, 4), 'product', clamp=False),
+    Case((1, 11), 1, 1, 8, locality='1d'),
+    Case((3, 4), 1, 1, 16, locality='none'),
 ]
 SMALL_CONVOLUTION = [Case((5, 9), 1, 1, 6)]
 # The stages of a VVT at 224 pixels, and odd grids.
@@ -153,15 +160,15 @@ def compare(
     dtype = tensors[0].dtype
     wants = _values(plain, tensors, torch.float64)
     plains = _values(plain, tensors, dtype)
+    if not all(t.isfinite().all() for t in plains):
+        plains = _values(plain, tensors, torch.bfloat16)
     errors = {}
     for name, ours, theirs, want in zip(
         ('output', *inputs), _values(fast, tensors, dtype), plains, wants
     ):
         double = 2 * relative_error(theirs, want)
-        # max(floor, NaN) is the floor: plain float16 may overflow.
-        allowed = max(FLOORS[dtype], double)
-        if not allowed < float('inf'):
-            allowed = FLOORS[dtype]
+        # min(CEILING, NaN) is the ceiling.
+        allowed = max(FLOORS[dtype], min(CEILING, double))
         errors[name] = (relative_error(ours, want), allowed)
     return errors
 
@@ -170,8 +177,8 @@ def _attention_inputs(
     case: Case, dtype: torch.dtype, device: str
 ) -> Dict[str, Tensor]:
     n, m = (count_tokens(grid) for grid in (case.grid, case.key_grid))
-    # The sums grow with the number of tokens. Smaller queries and keys and
-    # positive values keep all results away from the bounds of the clamps.
+    # The sums grow with the number of tokens. Smaller queries and keys keep
+    # the results between the bounds of the clamps.
     scale = min(1.0, (96 / m) ** 0.5)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -184,7 +191,7 @@ def _attention_inputs(
     return dict(
         q=(scale * q).to(device, dtype),
         k=(scale * k).to(device, dtype),
-        v=(v.abs() + 0.5).to(device, dtype),
+        v=v.to(device, dtype),
     )
 
 

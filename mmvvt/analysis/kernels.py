@@ -521,7 +521,7 @@ STAGES = {
     1280: (1, 28),
     2048: (1, 7),
 }
-HEAD_DIMS = (32, 40, 48, 64, 128)
+HEAD_DIMS = (16, 32, 40, 48, 64, 128)
 CHANNELS = (768, 1280, 2048)  # hidden channels of the MLPs
 BATCH = 64
 

@@ -1,16 +1,15 @@
 """Tests of tools/analysis_tools/check_gpu.py, on a machine without a GPU."""
 
 import csv
-import importlib.util
 import sys
 
 import pytest
 
-from mmvvt.analysis.benchmark import read_csv
+from mmvvt.analysis.benchmark import Row, read_csv, write_csv
 from mmvvt.analysis.kernel_errors import KernelError
 from mmvvt.errors import UserError
 
-from conftest import ROOT, run_tool
+from conftest import load_tool, run_tool
 
 TOOL = 'tools/analysis_tools/check_gpu.py'
 NO_GPU = dict(CUDA_VISIBLE_DEVICES='')
@@ -19,10 +18,7 @@ NO_GPU = dict(CUDA_VISIBLE_DEVICES='')
 @pytest.fixture
 def tool():
     """The tool as a module."""
-    spec = importlib.util.spec_from_file_location('check_gpu', ROOT / TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOL)
 
 
 @pytest.fixture
@@ -61,22 +57,47 @@ def test_without_a_gpu(tmp_path):
         assert 0 < float(row['error']) <= float(row['allowed'])
 
 
-def test_models_on_a_cpu(tmp_path):
-    """benchmark.py measures the models; a CSV file and a plot are written."""
-    done = run_tool(
-        TOOL,
-        '--out-dir',
-        tmp_path,
-        *('--sections', 'models', '--models', 'vvt-tiny'),
-        *('--forward-sizes', '1x32', '--train-sizes', '--runs', '1'),
-        *('--engines', 'pytorch', '--dtype', 'float32'),
-        env=NO_GPU,
-    )
-    assert done.returncode == 0, done.stdout
-    (row,) = read_csv(tmp_path / 'models.csv')
-    assert (row.model, row.mode, row.side) == ('vvt-tiny', 'forward', 32)
-    assert row.peak_gib > 0
-    assert (tmp_path / 'models.png').stat().st_size > 1000
+def test_models(tool, start, monkeypatch, tmp_path):
+    """The groups of benchmark.py are merged into a CSV file and a plot."""
+    benchmark = load_tool('tools/analysis_tools/benchmark.py')
+
+    class Done:
+        returncode = 0
+
+    def run(command):
+        assert command[0] == sys.executable
+        monkeypatch.setattr(sys, 'argv', command[1:])
+        args = benchmark.parse_args()
+        assert args.memory and args.runs == 3
+        (size,), (mode,) = args.sizes, args.modes
+        write_csv(
+            args.csv,
+            [
+                Row(
+                    *(name, mode, engine, args.dtype),
+                    *benchmark.parse_size(size),
+                    *(args.runs, 0.5, 0.25, 1.0, 2.0, 'Some GPU'),
+                )
+                for engine in args.engines
+                for name in args.models
+            ],
+        )
+        return Done
+
+    monkeypatch.setattr(tool.subprocess, 'run', run)
+    start('--sections', 'models', '--runs', '3')
+    rows = read_csv(tmp_path / 'models.csv')
+    assert {(r.mode, r.batch, r.side) for r in rows} == {
+        ('forward', 128, 224),
+        ('forward', 4, 1024),
+        ('train_step', 64, 224),
+    }
+    assert {r.engine for r in rows} == {'pytorch', 'compiled'}
+    assert {'vvt-small-triton', 'vvt-small', 'vvt-small-plain'} <= {
+        r.model for r in rows
+    }
+    assert {(r.dtype, r.machine) for r in rows} == {('bfloat16', 'Some GPU')}
+    assert (tmp_path / 'models.png').stat().st_size > 10000
 
 
 def make_error(error, dtype='bfloat16'):

@@ -739,13 +739,14 @@ def _key_gradient(
     )
 
 
-# Maximum number of tokens loaded at once by the kernels that compute the sums,
-# the output and the gradients, respectively. Larger tiles need more registers
-# than a thread has, see docs/kernels.md.
+# Maximum number of tokens that a program loads at once, and of their elements,
+# for the kernels that compute the sums, the output and the gradients,
+# respectively. Larger tiles need more registers than a thread has, see
+# docs/kernels.md.
 _TILES = {
-    torch.bfloat16: (32, 32, 64),
-    torch.float16: (32, 32, 32),
-    torch.float32: (16, 32, 16),
+    torch.bfloat16: ((32, 1024), (32, 4096), (64, 4096)),
+    torch.float16: ((32, 1024), (32, 4096), (32, 4096)),
+    torch.float32: ((32, 512), (32, 4096), (16, 2048)),
 }
 
 
@@ -761,8 +762,8 @@ def _tile_tokens(kind: int, dtype: torch.dtype, width: int) -> int:
     Returns:
         int: Number of tokens, at least 16.
     """
-    elements = (1024, 8192, 4096)[kind]  # of a tile, for wide heads
-    return max(16, min(_TILES[dtype][kind], elements // width))
+    tokens, elements = _TILES[dtype][kind]
+    return max(16, min(tokens, elements // width))
 
 
 def _settings(q: Tensor, locality: str) -> dict:
