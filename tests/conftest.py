@@ -1,5 +1,6 @@
 """Fixtures and helper functions shared by several tests."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -89,6 +90,14 @@ def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
         text=True,
         timeout=timeout,
     )
+
+
+def load_tool(path):
+    """Import a tool, a path relative to the root, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def photograph(height, width):

@@ -44,10 +44,10 @@ PEERS: Dict[str, dict] = {
         type='mmpretrain.ResNet', depth=50, out_indices=(0, 1, 2, 3)
     ),
 }
-# '-plain' is the reference implementation, as in the official code.
-VVTS = tuple(
-    f'vvt-{arch}{end}' for arch in ARCH_SETTINGS for end in ('', '-plain')
-)
+# '-plain' is the reference implementation, as in the official code; '-triton'
+# uses the Triton kernels, which require a GPU.
+BACKENDS = {'': 'auto', '-plain': 'reference', '-triton': 'triton'}
+VVTS = tuple(f'vvt-{arch}{end}' for arch in ARCH_SETTINGS for end in BACKENDS)
 NAMES = (*VVTS, *PEERS)
 MODES = ('forward', 'train_step')
 DTYPES = dict(
@@ -76,8 +76,8 @@ def build(name: str) -> nn.Module:
     if name in VVTS:
         import mmvvt.models  # noqa: F401, registers
 
-        arch = name.split('-')[1]
-        backend = 'reference' if name.endswith('-plain') else 'auto'
+        _, arch, *end = name.split('-')
+        backend = BACKENDS[f'-{end[0]}' if end else '']
         config: Dict[str, Any] = dict(
             type='VVT',
             arch=arch,
@@ -430,10 +430,17 @@ class Row:
 OLD_ENGINES = dict(eager='pytorch')
 
 
-def write_csv(path: str, rows: List[Row]) -> None:
-    """Write rows to a CSV file with a header."""
+def write_csv(path: str, rows: Sequence[Any]) -> None:
+    """Write rows to a CSV file with a header.
+
+    Args:
+        path (str): Path of the file.
+        rows (Sequence): Instances of one dataclass, such as :class:`Row`, at
+            least one.
+    """
     with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        names = [field.name for field in fields(rows[0])]
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         for row in rows:
             writer.writerow(

@@ -39,7 +39,8 @@ def check_engines(
     Raises:
         UserError: If an engine of :data:`FILES` is combined with training
             steps, a dtype that it does not have, the reference
-            implementation or a GPU, or if its packages are missing.
+            implementation, the Triton kernels or a GPU, or if its packages
+            are missing.
     """
     for engine in engines:
         if engine not in FILES:
@@ -48,12 +49,13 @@ def check_engines(
             raise UserError(
                 f'{engine} allows --modes forward, got {" ".join(modes)}'
             )
-        plain = [name for name in names if name.endswith('-plain')]
-        if plain:
+        other = [
+            name for name in names if name.endswith(('-plain', '-triton'))
+        ]
+        if other:
             raise UserError(
-                f'{engine} allows models without -plain, because the '
-                'reference implementation is not exported, got '
-                f'{" ".join(plain)}'
+                f'{engine} allows models without -plain and -triton, because '
+                f'their attention is not exported, got {" ".join(other)}'
             )
         if torch.cuda.is_available():
             raise UserError(

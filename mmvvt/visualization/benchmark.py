@@ -14,14 +14,18 @@ MARKERS = dict(onnxruntime='^', openvino='s')
 TITLES = dict(forward='forward pass', train_step='training step')
 
 
+def _base(model: str) -> str:
+    return model.removesuffix('-plain').removesuffix('-triton')
+
+
 def plot_benchmark(rows: List[Row], path: str) -> None:
     """Plot megapixels per second, and peak memory where it was measured.
 
     Each model and engine is one line, with a bar from the 20th to the 80th
     percentile. VVT models are drawn with thicker lines, the reference
-    implementation with dashed lines, compiled models with dotted lines, and
-    models in ONNX Runtime and OpenVINO with dash-dotted lines and triangles
-    and squares as markers.
+    implementation with dashed lines, the Triton kernels with diamonds as
+    markers, compiled models with dotted lines, and models in ONNX Runtime and
+    OpenVINO with dash-dotted lines and triangles and squares as markers.
 
     Args:
         rows (list[Row]): Rows returned by
@@ -37,8 +41,8 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
     ]
     series = list(dict.fromkeys((r.model, r.engine) for r in rows))
     models = list(dict.fromkeys(r.model for r in rows))
-    # The reference implementation has the same colour as its VVT.
-    base = list(dict.fromkeys(m.removesuffix('-plain') for m in models))
+    # All implementations of a VVT have the same colour.
+    base = list(dict.fromkeys(map(_base, models)))
     columns = 2 if len(panels) > 1 else 1
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(6 * columns, 4.2 * lines))
@@ -59,12 +63,14 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
             if not picked:
                 continue
             style = dict(
-                color=f'C{base.index(model.removesuffix("-plain"))}',
+                color=f'C{base.index(_base(model))}',
                 linewidth=2.5 if model.startswith('vvt') else 1.3,
                 linestyle=LINES.get(
                     engine, '--' if model.endswith('-plain') else '-'
                 ),
-                marker=MARKERS.get(engine, 'o'),
+                marker='D'
+                if model.endswith('-triton')
+                else MARKERS.get(engine, 'o'),
                 markersize=4,
                 label=picked[0].label,
             )

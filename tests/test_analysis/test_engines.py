@@ -246,7 +246,7 @@ def test_engines_refuse(engine, monkeypatch):
     refuse('allows --dtype float32.*, got float16$', dtype='float16')
     refuse('allows --dtype float32.*, got bfloat16$', dtype='bfloat16')
     refuse(
-        'allows models without -plain, .*, got vvt-tiny-plain$',
+        'allows models without -plain and -triton, .*, got vvt-tiny-plain$',
         names=('vvt-tiny', 'vvt-tiny-plain'),
     )
     monkeypatch.setattr(

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from mmvvt.analysis.kernel_errors import patch_interpreter_once
+
 from conftest import ROOT, run_tool
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -19,21 +21,7 @@ needs_kernels = pytest.mark.skipif(
 
 
 if INTERPRETED:
-    from triton.runtime import interpreter
-
-    _patched = set()
-
-    def _call(self, *args, **kwargs):
-        home = self.fn.__globals__['__name__']
-        if home.startswith('triton.') and home not in _patched:
-            _patched.add(home)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    # Triton 3.6 patches its language again for each call between functions of
-    # a kernel, which is 30 times as slow as patching it once.
-    if hasattr(interpreter.InterpretedFunction, 'rewrite'):
-        interpreter.InterpretedFunction.__call__ = _call
+    patch_interpreter_once()
 
 
 def run_interpreted(name):

@@ -233,10 +233,12 @@ def _partial_sums(
     kv_1 = tl.zeros((D, E), tl.float32)
     kv_2 = tl.zeros((D, E), tl.float32)
     kv_3 = tl.zeros((D, E), tl.float32)
-    k_0 = tl.zeros((D,), tl.float32)
-    k_1 = tl.zeros((D,), tl.float32)
-    k_2 = tl.zeros((D,), tl.float32)
-    k_3 = tl.zeros((D,), tl.float32)
+    # The key sums are added over the tokens after the loop: a sum in the loop
+    # would let all warps wait for each other in each step.
+    k_0 = tl.zeros((TOKENS, D), tl.float32)
+    k_1 = tl.zeros((TOKENS, D), tl.float32)
+    k_2 = tl.zeros((TOKENS, D), tl.float32)
+    k_3 = tl.zeros((TOKENS, D), tl.float32)
     begin = part * chunk
     for start in range(begin, tl.minimum(begin + chunk, tokens), TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -260,7 +262,7 @@ def _partial_sums(
         for j in tl.static_range(FACTORS):
             factor = _factor(j, cos_a, sin_a, cos_b, sin_b, LOCALITY)
             scaled = x * factor[:, None]
-            key = tl.sum(scaled * weight[:, None], axis=0)
+            key = scaled * weight[:, None]
             if j == 0:
                 kv_0 = _dot(tl.trans(scaled), y, kv_0, PRODUCT, PRECISION)
                 k_0 += key
@@ -291,7 +293,7 @@ def _partial_sums(
         else:
             kv, key = kv_3, k_3
         tl.store(kv_ptr + j * d * d, kv, mask=kv_mask)
-        tl.store(k_ptr + j * d, key, mask=k_mask)
+        tl.store(k_ptr + j * d, tl.sum(key, axis=0), mask=k_mask)
 
 
 @triton.jit
@@ -737,13 +739,31 @@ def _key_gradient(
     )
 
 
-# Number of tokens loaded at once by the kernels that compute the sums, the
-# output and the gradients, respectively.
+# Maximum number of tokens that a program loads at once, and of their elements,
+# for the kernels that compute the sums, the output and the gradients,
+# respectively. Larger tiles need more registers than a thread has, see
+# docs/kernels.md.
 _TILES = {
-    torch.bfloat16: (64, 64, 64),
-    torch.float16: (32, 32, 32),
-    torch.float32: (16, 32, 32),
+    torch.bfloat16: ((32, 1024), (32, 4096), (64, 4096)),
+    torch.float16: ((32, 1024), (32, 4096), (32, 4096)),
+    torch.float32: ((32, 512), (32, 4096), (16, 2048)),
 }
+
+
+def _tile_tokens(kind: int, dtype: torch.dtype, width: int) -> int:
+    """Number of tokens that a kernel loads at once.
+
+    Args:
+        kind (int): Position in :data:`_TILES`: 0 for the sums, 1 for the
+            output, 2 for the gradients.
+        dtype (torch.dtype): Data type of the input.
+        width (int): Channels per head, rounded up to a power of two.
+
+    Returns:
+        int: Number of tokens, at least 16.
+    """
+    tokens, elements = _TILES[dtype][kind]
+    return max(16, min(tokens, elements // width))
 
 
 def _settings(q: Tensor, locality: str) -> dict:
@@ -820,7 +840,7 @@ def _take_sums(x, y, weight, grid_shape, settings, forward=None) -> Tensor:
     pairs, blocks = b * heads, triton.cdiv(d, settings['E'])
     # A chunk writes J * d * E elements, as many as hundreds of tokens have, so
     # the number of chunks is limited to what is needed to fill the device.
-    tile = _TILES[x.dtype][0]
+    tile = _tile_tokens(0, x.dtype, settings['D'])
     chunk, chunks = split(n, tile, num_programs(x.device) // (pairs * blocks))
     length = settings['FACTORS'] * d * (d + 1)
     partial = x.new_empty((chunks, pairs, length), dtype=torch.float32)
@@ -863,7 +883,7 @@ def _forward(
     blocks = triton.cdiv(settings['d'], settings['E'])
     # Launching four times as many programs as multiprocessors balances the
     # load.
-    tile = _TILES[q.dtype][1]
+    tile = _tile_tokens(1, q.dtype, settings['D'])
     chunk, chunks = split(
         n, tile, 4 * num_programs(q.device) // (b * heads * blocks)
     )
@@ -919,7 +939,12 @@ def _backward(
         q, torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     )
     delta = q.new_empty((b * heads, n), dtype=torch.float32)
-    tile = _TILES[q.dtype][2]
+    gradient = dict(settings)
+    if q.dtype == torch.float32:
+        # IEEE products read their operands from registers.
+        width = settings['D']
+        gradient['E'] = min(width, 2048 // width)
+    tile = _tile_tokens(2, q.dtype, settings['D'])
     tiles = triton.cdiv(n, tile)
     _query_gradient[(b * heads * tiles,)](
         q,
@@ -940,7 +965,7 @@ def _backward(
         CLAMP=clamp,
         TOKENS=tile,
         ALIGN=_align(q, grad, dq, t),
-        **settings,
+        **gradient,
     )
     dsums = _take_sums(
         q, t, delta, query_shape, settings, sums if clamp else None
@@ -963,7 +988,7 @@ def _backward(
         tiles,
         TOKENS=tile,
         ALIGN=_align(k, v, dk, dv),
-        **settings,
+        **gradient,
     )
     return dq, dk, dv
 
