@@ -57,13 +57,16 @@ install:
 	$(PYTHON) requirements/install.py full
 
 # One process per core with one thread each. The tests of a file run in the same
-# process because they share fixtures.
+# process because they share fixtures. If a process dies, the run ends at once and
+# names its test; pytest-xdist would otherwise wait for ever.
 test: install
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile \
+	    --max-worker-restart 0
 
 # The tests marked fast, see tests/conftest.py: under 90 seconds on 2 cores.
 test-fast: install
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m fast
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile \
+	    --max-worker-restart 0 -m fast
 
 # Kills training 20 times in epoch-based and in iteration-based runs.
 test-kill: install
