@@ -385,6 +385,43 @@ def test_what_goes_layer_by_layer(monkeypatch):
     assert runs_in_strips(build_block(), torch.cat([x, x[:1]]))
 
 
+@pytest.mark.parametrize(
+    'flag,dtype',
+    [
+        ('_is_avx512_bf16_supported', torch.bfloat16),
+        ('_is_amx_tile_supported', torch.bfloat16),
+        ('_is_amx_fp16_supported', torch.float16),
+        (None, None),
+    ],
+)
+def test_products_by_processor(flag, dtype, monkeypatch):
+    """Without products of its dtype, a block of any size runs in strips."""
+    for name in (
+        '_is_avx512_bf16_supported',
+        '_is_amx_tile_supported',
+        '_is_amx_fp16_supported',
+    ):
+        monkeypatch.setattr(
+            torch.cpu, name, lambda name=name: name == flag, raising=False
+        )
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 10**9)
+    x = torch.randn(2, 35, 16)
+    for low in (torch.bfloat16, torch.float16):
+        assert common.has_products(low) is (low == dtype)
+        computed = low if low == dtype else torch.float32
+        assert common.dtype_of_strips(x.to(low)) == computed
+        in_strips = runs_in_strips(build_block(low), x.to(low))
+        assert in_strips is (low != dtype)
+        with mixed(low):
+            assert common.dtype_of_strips(x) == computed
+            in_strips = runs_in_strips(build_block(torch.float32), x)
+            assert in_strips is (low != dtype)
+    # The usual dtypes are always multiplied.
+    for usual in (torch.float32, torch.float64):
+        assert common.has_products(usual)
+        assert not runs_in_strips(build_block(usual), x.to(usual))
+
+
 def test_cut_covers_everything_once(strip_numbers):
     """Each row is computed once, also where windows overlap."""
     for batch, height, width in [(3, 7, 5), (2, 1, 6), (5, 2, 2), (1, 9, 1)]:
