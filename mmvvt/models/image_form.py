@@ -54,25 +54,58 @@ def _magnitude_clamp(t: Tensor) -> Tensor:
     return sign * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
 
 
-def _layer_norm(x: Tensor, norm: Any, form: str) -> Tensor:
-    """Apply a LayerNorm over the channels of ``(B, C, h, w)``.
+class _TokenNorm(nn.Module):
+    """A norm layer that is called on the transposed image."""
 
-    With the form 'channels', the averages are 1x1 convolutions with one
-    output channel, so that the image does not have to be transposed.
-    """
-    if form == 'tokens' or type(norm) is not nn.LayerNorm or norm.bias is None:
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
         # (B, C, h, w) -> (B, h, w, C) -> (B, C, h, w)
-        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    channels = x.shape[1]
-    # Statistics in float32, as LayerNorm computes them.
-    t = x.float() if x.dtype == torch.float16 else x
-    average = t.new_full((1, channels, 1, 1), 1 / channels)
-    t = t - F.conv2d(t, average)
-    t = t * (F.conv2d(t * t, average) + norm.eps).rsqrt()
-    # (C,) -> (C, 1, 1)
-    return (
-        t.to(x.dtype) * norm.weight[:, None, None] + norm.bias[:, None, None]
-    )
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _ChannelNorm(nn.Module):
+    """A LayerNorm whose averages are 1x1 convolutions with one output."""
+
+    def __init__(self, layer: nn.LayerNorm):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.eps = layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
+        channels = x.shape[1]
+        # Statistics in float32, as LayerNorm computes them.
+        t = x.float() if x.dtype == torch.float16 else x
+        average = t.new_full((1, channels, 1, 1), 1 / channels)
+        t = t - F.conv2d(t, average)
+        t = t * (F.conv2d(t * t, average) + self.eps).rsqrt()
+        # (C,) -> (C, 1, 1)
+        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        return t.to(x.dtype) * weight + bias
+
+
+def _image_norm(layer: Any, norm: str) -> nn.Module:
+    """Return a norm layer over the channels of ``(B, C, h, w)``.
+
+    Args:
+        layer (nn.Module): Norm layer over the last dimension.
+        norm (str): One of :data:`NORMS`.
+
+    Returns:
+        nn.Module: The form 'channels' of an unmodified LayerNorm if it was
+        asked for, and otherwise the form 'tokens'.
+    """
+    if (
+        norm == 'channels'
+        and is_unmodified(layer, nn.LayerNorm)
+        and layer.bias is not None
+    ):
+        return _ChannelNorm(layer)
+    return _TokenNorm(layer)
 
 
 class _ImageBlock(nn.Module):
@@ -81,12 +114,11 @@ class _ImageBlock(nn.Module):
     def __init__(self, block: Any, norm: str):
         super().__init__()
         attn, mlp = block.attn, block.mlp
-        self.norm = norm
         self.num_heads = attn.num_heads
         self.locality = attn.locality
         self.clamp = attn.clamp
         self.eps = attn.eps
-        self.norm1 = block.norm1
+        self.norm1 = _image_norm(block.norm1, norm)
         self.q_proj = _convolution(attn.q_proj)
         self.k_proj = _convolution(attn.k_proj)
         self.v_proj = _convolution(attn.v_proj)
@@ -97,7 +129,7 @@ class _ImageBlock(nn.Module):
             _convolution(attn.se_fc[2]),
             nn.Sigmoid(),
         )
-        self.norm2 = block.norm2
+        self.norm2 = _image_norm(block.norm2, norm)
         self.mlp = nn.Sequential(
             _convolution(mlp.fc1),
             mlp.dwconv.dwconv,
@@ -148,8 +180,8 @@ class _ImageBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
-        x = x + self._attend(_layer_norm(x, self.norm1, self.norm))
-        return x + self.mlp(_layer_norm(x, self.norm2, self.norm))
+        x = x + self._attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class _TokenBlock(nn.Module):
@@ -180,19 +212,6 @@ class _TokenEmbed(nn.Module):
         tokens, spatial_shape = self.patch_embed(x)
         # (B, N, C) -> (B, C, N) -> (B, C, h, w)
         return unflatten(tokens.transpose(1, 2), 2, spatial_shape)
-
-
-class _ImageNorm(nn.Module):
-    """A LayerNorm over the channels of an image."""
-
-    def __init__(self, layer: nn.Module, norm: str):
-        super().__init__()
-        self.layer = layer
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
-        return _layer_norm(x, self.layer, self.norm)
 
 
 class ImageForm(nn.Module):
@@ -229,7 +248,7 @@ class ImageForm(nn.Module):
                     *(self._block_form(block, norm, x) for block in blocks),
                 )
             )
-            self.norms.append(_ImageNorm(stage_norm, norm))
+            self.norms.append(_image_norm(stage_norm, norm))
         self.eval()
 
     @staticmethod
@@ -239,7 +258,7 @@ class ImageForm(nn.Module):
             and find_difference(patch_embed, PATCH_EMBED, x) is None
         ):
             return nn.Sequential(
-                patch_embed.proj, _ImageNorm(patch_embed.norm, norm)
+                patch_embed.proj, _image_norm(patch_embed.norm, norm)
             )
         return _TokenEmbed(patch_embed)
 

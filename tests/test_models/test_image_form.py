@@ -106,6 +106,10 @@ def replace_norm_of_embedding(model):
     model.patch_embed2.norm = nn.Identity()
 
 
+def hook_norm(model):
+    model.norm2.register_forward_hook(lambda m, i, out: 2 * out)
+
+
 def without_affine(model):
     model.norm2 = nn.LayerNorm(16, elementwise_affine=False)
 
@@ -122,6 +126,7 @@ def without_affine(model):
         override_forward,
         hook_embedding,
         replace_norm_of_embedding,
+        hook_norm,
         without_affine,
     ],
     ids=lambda change: change.__name__,
@@ -146,6 +151,26 @@ def test_zero_and_tiny_numbers_are_clamped_as_usual(norm):
             block.attn.q_proj.weight.zero_()
             block.attn.q_proj.bias.fill_(-1)
     check_same(model, ImageForm(model, norm), 1e-5)
+
+
+@pytest.mark.parametrize('norm,norms', [('tokens', 8), ('channels', 0)])
+def test_exported_graph(norm, norms):
+    """The graph has the form that was asked for, also in ``torch.export``.
+
+    With 'channels', no image is transposed. Inside of ``torch.export``,
+    ``type(layer) is nn.LayerNorm`` is False.
+    """
+    form = ImageForm(build(out_indices=(1,)), norm)
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        form,
+        (torch.randn(2, 3, 64, 96),),
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+    )
+    targets = [str(node.target) for node in program.graph.nodes]
+    # Two blocks, two embeddings and the outputs of two stages
+    assert targets.count('aten.layer_norm.default') == norms
+    assert targets.count('aten.permute.default') == 2 * norms
 
 
 def test_float16_does_not_overflow():
