@@ -67,13 +67,24 @@ def _quantize_openvino(
 ) -> None:
     (nncf,) = require('nncf')
     nncf.set_log_level(logging.ERROR)
+    model = openvino_core().read_model(source)
+    # The averages of LayerNorm, see mmvvt/models/image_form.py: their squares
+    # extend over many orders of magnitude.
+    averages = [
+        op.get_friendly_name()
+        for op in model.get_ops()
+        if op.get_type_name() == 'Convolution'
+        and op.input_value(1).get_partial_shape()[0] == 1
+    ]
     quantized = nncf.quantize(
-        openvino_core().read_model(source),
+        model,
         nncf.Dataset(images, lambda image: image.numpy()),
         subset_size=len(images),
         # Leaves the normalisation and the attention in float32.
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(types=['MatMul'], validate=False),
+        ignored_scope=nncf.IgnoredScope(
+            names=averages, types=['MatMul'], validate=False
+        ),
     )
     form: Any = FORMATS['openvino']
     form.save(quantized, path, metadata)

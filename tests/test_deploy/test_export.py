@@ -123,6 +123,30 @@ def test_int8(classifier, name, tmp_path, monkeypatch):
     }
 
 
+def test_int8_keeps_the_averages_of_layer_norm(
+    classifier, tmp_path, monkeypatch
+):
+    """They are convolutions in OpenVINO's files, as the linear layers are."""
+    cfg, checkpoint = classifier
+    images = [torch.randn(1, 3, 32, 32) for _ in range(8)]
+    monkeypatch.setattr(
+        export_module, '_calibration_images', lambda cfg, model: images
+    )
+    out = str(tmp_path / 'int8.xml')
+    export_model(
+        cfg, checkpoint, out, 'openvino', int8=True, fixed_size=(32, 32)
+    )
+    quantised = {True: [], False: []}  # by whether it is an average
+    for op in formats.openvino_core().read_model(out).get_ops():
+        if op.get_type_name() == 'Convolution':
+            inputs = [v.get_node().get_type_name() for v in op.input_values()]
+            is_average = op.input_value(1).get_partial_shape()[0] == 1
+            quantised[is_average].append('FakeQuantize' in inputs)
+    # Two for each of the norms of the embedding, the block and the stage
+    assert len(quantised[True]) == 8 and not any(quantised[True])
+    assert sum(quantised[False]) >= 4
+
+
 # -- bad input ----------------------------------------------------------------
 
 
