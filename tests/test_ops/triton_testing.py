@@ -36,7 +36,7 @@ if INTERPRETED:
         interpreter.InterpretedFunction.__call__ = _call
 
 
-def run_interpreted(name):
+def run_interpreted(name, *options):
     """Run a test file in Triton's interpreter on the CPU."""
     pytest.importorskip('triton')
     done = run_tool(
@@ -47,6 +47,7 @@ def run_interpreted(name):
         '-p',
         'no:cacheprovider',
         ROOT / 'tests' / 'test_ops' / name,
+        *options,
         env={'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''},
         timeout=900,
     )
