@@ -3,8 +3,9 @@
 Importing this package registers its modules (backbone, datasets, transforms,
 hooks, metrics, optimizer wrapper and its constructor, worker init function)
 with mmengine, and adds entries to the allow-list of ``torch.load``, so that it
-reads checkpoints of mmengine's runner with ``weights_only=True``. It changes
-nothing else in the process.
+reads checkpoints of mmengine's runner with ``weights_only=True``. Messages of
+its own logger, ``mmvvt``, go to mmengine's log. It changes nothing else in the
+process.
 """
 
 from . import datasets, engine, models
@@ -12,5 +13,6 @@ from .checkpoint import register_safe_globals
 from .version import __version__
 
 register_safe_globals()
+engine.connect_logger()
 
 __all__ = ['__version__', 'datasets', 'engine', 'models']

@@ -8,6 +8,7 @@ from .hooks import (
     SkippedFilesHook,
     seed_worker,
 )
+from .logs import connect_logger
 from .metrics import DumpPredictions
 from .optim_constructor import MergedOptimWrapperConstructor
 from .optim_wrapper import auto_amp_optim_wrapper
@@ -21,5 +22,6 @@ __all__ = [
     'SafeCheckpointHook',
     'SkippedFilesHook',
     'auto_amp_optim_wrapper',
+    'connect_logger',
     'seed_worker',
 ]

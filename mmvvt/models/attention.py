@@ -46,7 +46,8 @@ class VicinityAttention(BaseModule):
             of the attention weights. Defaults to 1e-4.
         backend (str): 'auto', 'torch', 'triton' or 'reference'. 'reference'
             is the reference implementation; every other backend is tested
-            against it. Defaults to 'auto'.
+            against it. 'auto' uses the faster of 'torch' and 'triton' on a
+            GPU, see :mod:`mmvvt.ops.selection`. Defaults to 'auto'.
         init_cfg (dict, optional): Initialisation config. Defaults to None.
 
     Raises:

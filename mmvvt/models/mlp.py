@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mmvvt.ops import check_backend, dwconv_gelu
 from mmvvt.ops.autograd import is_transformed
-from mmvvt.ops.dispatch import TRITON_DTYPES
+from mmvvt.ops.convolution import select_dwconv_gelu
+from mmvvt.ops.dispatch import TRITON_DTYPES, default_backend
 from mmvvt.ops.unflatten import unflatten
 
 from .stock import StockLayer, find_difference
@@ -72,7 +73,9 @@ class ConvMLP(BaseModule):
         backend (str): 'auto', 'torch', 'triton' or 'reference'. 'triton'
             fuses the convolution and the GELU in one kernel; 'reference'
             copies the tokens to a contiguous ``(B, C, h, w)`` tensor before
-            the convolution, as the official code does. Defaults to 'auto'.
+            the convolution, as the official code does. 'auto' uses the
+            faster of the layers and the kernel on a GPU, see
+            :mod:`mmvvt.ops.selection`. Defaults to 'auto'.
         init_cfg (dict, optional): Initialisation config. Defaults to None.
 
     Raises:
@@ -89,22 +92,37 @@ class ConvMLP(BaseModule):
         init_cfg=None,
     ):
         super().__init__(init_cfg)
-        self.backend = check_backend(backend)
+        self.backend = backend
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.dwconv = DWConv(hidden_dims, self.backend == 'reference')
+        self.dwconv = DWConv(
+            hidden_dims, plain=check_backend(backend) == 'reference'
+        )
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
+    def _is_fused(self, x: Tensor) -> bool:
+        """Check whether the kernel replaces the layers for an input."""
+        # Compilers follow the layers, with their hooks.
+        if is_transformed():
+            return False
+        backend = default_backend(self.backend)
+        conv: Any = getattr(self.dwconv, 'dwconv', None)
+        if (
+            backend == 'auto'
+            and type(conv) is nn.Conv2d
+            and conv.bias is not None
+        ):
+            backend = select_dwconv_gelu(x, conv.weight, conv.bias)
+        return (
+            backend == 'triton'
+            and find_difference(self, FUSED_LAYERS, x, TRITON_DTYPES) is None
+        )
+
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
         x = self.fc1(x)
-        # Compilers follow the layers, with their hooks.
-        if (
-            self.backend == 'triton'
-            and not is_transformed()
-            and find_difference(self, FUSED_LAYERS, x, TRITON_DTYPES) is None
-        ):
+        if self._is_fused(x):
             conv: Any = self.dwconv.dwconv
             x = dwconv_gelu(x, conv.weight, conv.bias, spatial_shape)
         else:

@@ -16,10 +16,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules import module as torch_module
-from torch.utils._device import DeviceContext
 
-# PyTorch has no public interface for most of what this file reads: hooks,
-# dispatch modes, and whether a method has been replaced.
+from mmvvt.ops.autograd import has_modes
+
+# PyTorch has no public interface for most of what this file reads: hooks, and
+# whether a method has been replaced.
 HOOKS = (
     '_forward_hooks',
     '_forward_pre_hooks',
@@ -67,12 +68,7 @@ def _is_observed() -> bool:
     return (
         bool(torch_module._has_any_global_hook())
         or nn.Module.__call__ is not _MODULE_CALL
-        or torch._C._len_torch_dispatch_stack() > 0
-        # torch.set_default_device uses such a mode; it has no effect here.
-        or any(
-            not isinstance(mode, DeviceContext)
-            for mode in torch.overrides._get_current_function_mode_stack()
-        )
+        or has_modes()
     )
 
 

@@ -92,7 +92,7 @@ def find_obstacle(
     if difference is not None:
         return difference
     attn, mlp = block.attn, block.mlp
-    if check_backend(attn.backend) != 'torch' or mlp.backend != 'torch':
+    if any(check_backend(m.backend) != 'torch' for m in (attn, mlp)):
         return f'the backends are {attn.backend!r} and {mlp.backend!r}'
     if attn.locality not in LOCALITIES:
         return f'attn has locality {attn.locality!r}'

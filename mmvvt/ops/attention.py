@@ -1,5 +1,6 @@
 """Vicinity attention: argument checks and dispatch to a backend."""
 
+from functools import partial
 from typing import Optional, Tuple
 
 import torch
@@ -9,9 +10,16 @@ from ..errors import UserError
 from . import linear, reference
 from .angles import LOCALITIES
 from .autograd import without_autocast
-from .dispatch import check_backend, check_grid
+from .dispatch import check_backend, check_grid, default_backend
+from .selection import Problem, select, uniform
 
 TRITON_HEAD_DIM = 128  # maximum number of channels per head
+
+# The small problem of the trial: batch size, heads, and a grid that no tile
+# of the kernels divides. With d = 128, an input has 3 MB in float32, and the
+# features of the float64 reference have 26 MB.
+TRIAL_SIZE = (4, 2)
+TRIAL_GRID = (27, 29)
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, locality: str) -> None:
@@ -58,6 +66,48 @@ def _attention_obstacle(q: Tensor, k: Tensor, v: Tensor) -> Optional[str]:
             f'{q.dtype}, {k.dtype} and {v.dtype}'
         )
     return None
+
+
+def _small_problem(
+    device: torch.device,
+    dtype: torch.dtype,
+    d: int,
+    locality: str,
+    clamp: bool,
+) -> Problem:
+    """Make the problem on which 'auto' tries the backends."""
+    tokens = TRIAL_GRID[0] * TRIAL_GRID[1]
+    shape = (*TRIAL_SIZE, tokens, d)
+    # 20 % of the queries and keys are negative. At this scale, and with
+    # positive values, no clamp is active, because gradients are not continuous
+    # at the bounds of the clamps, where each backend rounds differently.
+    q, k = uniform(-0.1, 0.4, shape, shape)
+    (v,) = uniform(0.5, 1.5, shape)
+    # About as large as the sum of weights: if it is small, the two terms of
+    # the gradient of q nearly cancel out, which hides errors.
+    eps = 0.03 * tokens * d
+    return Problem(
+        inputs=tuple(t.to(device, dtype) for t in (q, k, v)),
+        # Without active clamps, it is the same function if clamp is False.
+        plain=partial(
+            reference.linear_attention,
+            query_shape=TRIAL_GRID,
+            key_shape=TRIAL_GRID,
+            locality=locality,
+            eps=eps,
+        ),
+        backends={
+            name: partial(
+                vicinity_attention,
+                spatial_shape=TRIAL_GRID,
+                locality=locality,
+                clamp=clamp,
+                eps=eps,
+                backend=name,
+            )
+            for name in ('torch', 'triton')
+        },
+    )
 
 
 def vicinity_attention(
@@ -112,7 +162,9 @@ def vicinity_attention(
             PyTorch operations. 'triton' is the linear form in fused kernels
             for NVIDIA GPUs (float32, bfloat16 or float16, d up to 128).
             'auto' uses the environment variable ``MMVVT_BACKEND`` if it is
-            set, and 'torch' otherwise. Defaults to 'auto'.
+            set. Otherwise, it uses the faster of 'triton' and 'torch' on a
+            GPU, see :mod:`mmvvt.ops.selection`, and 'torch' on other devices.
+            Defaults to 'auto'.
 
     Returns:
         Tensor: Output of shape ``(B, heads, N, d)`` in the dtype of ``q``.
@@ -130,9 +182,18 @@ def vicinity_attention(
         key_shape = check_grid('spatial_shape', query_shape, k.shape[2], 'k')
     else:
         key_shape = check_grid('key_shape', key_shape, k.shape[2], 'k')
-    backend = check_backend(
-        backend, dict(q=q, k=k, v=v), _attention_obstacle(q, k, v)
-    )
+    tensors = dict(q=q, k=k, v=v)
+    obstacle = _attention_obstacle(q, k, v)
+    if default_backend(backend) == 'auto':
+        backend = select(
+            'vicinity attention',
+            _small_problem,
+            dict(dtype=q.dtype, d=q.shape[-1], locality=locality, clamp=clamp),
+            tensors,
+            obstacle,
+        )
+    else:
+        backend = check_backend(backend, tensors, obstacle)
     if backend == 'triton':
         from .triton_kernels import attention
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 
 def autocast_enabled(t: Tensor) -> bool:
@@ -32,6 +33,22 @@ def in_torch_func() -> bool:
     """Check whether a transform of ``torch.func`` is active."""
     # PyTorch has no public API for this check.
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_modes() -> bool:
+    """Check whether modes observe or replace the operations.
+
+    Returns:
+        bool: True inside a dispatch mode, such as a FLOPs counter or fake
+        tensors, and inside a function mode, other than that of
+        ``torch.set_default_device``, which has no effect on operations whose
+        device is given.
+    """
+    # PyTorch has no public API for these checks.
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        not isinstance(mode, DeviceContext)
+        for mode in torch.overrides._get_current_function_mode_stack()
+    )
 
 
 def is_transformed() -> bool:

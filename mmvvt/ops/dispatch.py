@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _triton_obstacle(tensors: Dict[str, Tensor]) -> Optional[str]:
+def triton_obstacle(tensors: Dict[str, Tensor]) -> Optional[str]:
     """Check whether the Triton kernels support these tensors.
 
     Args:
@@ -64,6 +64,24 @@ def _triton_obstacle(tensors: Dict[str, Tensor]) -> Optional[str]:
     return None
 
 
+def default_backend(backend: str) -> str:
+    """Replace 'auto' by the environment variable ``MMVVT_BACKEND``.
+
+    Args:
+        backend (str): One of :data:`BACKENDS`.
+
+    Returns:
+        str: One of :data:`BACKENDS`; 'auto' if it was given and the variable
+        is not set.
+
+    Raises:
+        UserError: If the backend name is unknown.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f'backend must be one of {BACKENDS}, got {backend!r}')
+    return DEFAULT_BACKEND if backend == 'auto' else backend
+
+
 def check_backend(
     backend: str,
     tensors: Optional[Dict[str, Tensor]] = None,
@@ -72,11 +90,13 @@ def check_backend(
     """Resolve a backend name and check that the backend can run.
 
     Args:
-        backend (str): One of :data:`BACKENDS`. 'auto' uses the environment
-            variable ``MMVVT_BACKEND`` if it is set, and 'torch' otherwise. It
-            never selects 'triton' on its own: the Triton kernels have been
-            tested in Triton's interpreter and compiled for GPUs, but have not
-            been benchmarked on a GPU yet.
+        backend (str): One of :data:`BACKENDS`. 'auto' is the environment
+            variable ``MMVVT_BACKEND`` if it is set, and 'torch' otherwise. On
+            a GPU, the operators do not ask this function about 'auto', but
+            :func:`mmvvt.ops.selection.select`, which tries the Triton kernels
+            on the user's machine and uses them if they are correct and
+            faster. Neither the kernels nor the trial have run on a GPU in the
+            tests of this project, only in Triton's interpreter.
         tensors (dict[str, Tensor], optional): Input tensors by name. If None,
             'triton' is only checked for being installed. Defaults to None.
         obstacle (str, optional): Operator-specific reason why the Triton
@@ -89,15 +109,12 @@ def check_backend(
         UserError: If the backend name is unknown.
         BackendError: If the backend cannot run. The message gives the reason.
     """
-    if backend not in BACKENDS:
-        raise UserError(f'backend must be one of {BACKENDS}, got {backend!r}')
-    if backend == 'auto':
-        backend = DEFAULT_BACKEND
+    backend = default_backend(backend)
     if backend == 'auto':
         backend = 'torch'
     if backend != 'triton':
         return backend
-    obstacle = _triton_obstacle(tensors or {}) or obstacle
+    obstacle = triton_obstacle(tensors or {}) or obstacle
     if obstacle is not None:
         raise BackendError(
             f"backend 'triton' cannot run: {obstacle}; use "

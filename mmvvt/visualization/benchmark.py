@@ -107,7 +107,17 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
         )
         axis.set_title(TITLES[mode])
         axis.grid(True, which='both', alpha=0.25)
-    axes.flat[0].legend(fontsize=8)
     figure.suptitle(f'{rows[0].machine}, {rows[0].dtype}', fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    handles = {}  # a model may be missing in a panel
+    for axis in axes.flat[: len(panels)]:
+        handles.update(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc='upper center',
+        bbox_to_anchor=(0.5, 0),
+        ncols=3 * columns // 2 + 1,
+        fontsize=8,
+    )
+    figure.savefig(path, dpi=130, bbox_inches='tight')

@@ -24,7 +24,7 @@ if INTERPRETED:
     patch_interpreter_once()
 
 
-def run_interpreted(name):
+def run_interpreted(name, *options):
     """Run a test file in Triton's interpreter on the CPU."""
     pytest.importorskip('triton')
     done = run_tool(
@@ -35,6 +35,7 @@ def run_interpreted(name):
         '-p',
         'no:cacheprovider',
         ROOT / 'tests' / 'test_ops' / name,
+        *options,
         env={'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''},
         timeout=900,
     )
