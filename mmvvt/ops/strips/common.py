@@ -385,12 +385,15 @@ class GradSums:
             x (Tensor): Input of the layer, ``(b, rows, w, C_in)``.
         """
         total = self._sums.get(name)
-        in_place = total is not None and total.dtype == x.dtype
-        if in_place and not convolves_weight_grads(x.dtype):
+        if (
+            total is None
+            or total.dtype != x.dtype
+            or convolves_weight_grads(x.dtype)
+        ):
+            self.add(name, weight_grad(grad, x))
+        else:
             # (b, rows, w, channels) -> (b * rows * w, channels)
             total.addmm_(grad.flatten(0, 2).t(), x.flatten(0, 2))
-        else:
-            self.add(name, weight_grad(grad, x))
 
     def of(self, names: Tuple[str, ...]) -> List[Tensor]:
         """Return the accumulated gradients in the order of ``names``."""
