@@ -1,6 +1,7 @@
 """Checks of settings that contradict each other."""
 
 import copy
+import os
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from mmengine.config import Config
@@ -35,13 +36,14 @@ def find_setting_problems(
     Yields:
         UserError: If heads, dataset, preprocessor and metrics have different
         numbers of classes, a metric needs more classes, a metric that is
-        monitored is not computed, or stages are not used in distributed
-        training.
+        monitored is not computed, a scaled learning rate is below the end of
+        its schedule, or stages are not used in distributed training.
     """
     yield from _find_class_problems(cfg, sources)
     yield from _find_metric_problems(cfg, sources)
     if any(source.loader == 'train_dataloader' for source in sources):
         yield from _find_monitor_problems(cfg)
+        yield from _find_rising_schedules(cfg)
         yield from _find_unused_stages(cfg)
 
 
@@ -253,6 +255,68 @@ def _find_monitor_problems(cfg: Config) -> Iterator[UserError]:
                     f'{setting} is {name!r}, but val_evaluator computes '
                     f'{", ".join(sorted(names)) or "no metric"}'
                 )
+
+
+# -- learning rate ------------------------------------------------------------
+
+# Environment variables from which mmengine reads the number of processes
+WORLD_SIZES = dict(
+    pytorch='WORLD_SIZE', slurm='SLURM_NTASKS', mpi='OMPI_COMM_WORLD_SIZE'
+)
+
+
+def _world_size(cfg: Config) -> Optional[int]:
+    """The number of processes, None if the launcher does not tell it."""
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none':
+        return 1
+    size = os.environ.get(WORLD_SIZES.get(launcher, ''), '')
+    return int(size) if size.isdigit() else None
+
+
+def _find_rising_schedules(cfg: Config) -> Iterator[UserError]:
+    """Check that a scaled learning rate is not below the end of its schedule.
+
+    mmengine scales the learning rate by the batch size, but not an
+    ``eta_min``. A small batch would therefore be trained with a learning rate
+    that rises.
+    """
+    scaling = cfg.get('auto_scale_lr') or {}
+    base = scaling.get('base_batch_size')
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    loader = cfg.get('train_dataloader') or {}
+    numbers = (
+        optimizer.get('lr') if isinstance(optimizer, dict) else None,
+        loader.get('batch_size') if isinstance(loader, dict) else None,
+        base,
+        _world_size(cfg),
+    )
+    if not scaling.get('enable') or not all(
+        isinstance(number, (int, float)) and number > 0 for number in numbers
+    ):
+        return
+    rate, batch, base, processes = numbers
+    batch *= processes
+    scaled = rate * batch / base
+    schedulers = cfg.get('param_scheduler') or []
+    if isinstance(schedulers, dict):
+        schedulers = [schedulers]
+    for index, scheduler in enumerate(schedulers):
+        if not type_name(scheduler).endswith('LR'):
+            continue
+        end = scheduler.get('eta_min')
+        # An end above the learning rate of the config is intended.
+        if isinstance(end, (int, float)) and scaled < end <= rate:
+            option = (
+                f'eta_min_ratio={end / rate:g} in place of eta_min'
+                if type_name(scheduler).startswith('Cosine')
+                else 'a lower eta_min'
+            )
+            yield UserError(
+                f'param_scheduler[{index}].eta_min is {end:g}, but the '
+                f'learning rate scaled to the batch size {batch} is '
+                f'{scaled:g}, so that it would rise: set {option}'
+            )
 
 
 # -- distributed training -----------------------------------------------------
