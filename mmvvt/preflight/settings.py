@@ -1,14 +1,13 @@
 """Checks of settings that contradict each other."""
 
 import copy
-import os
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 
 from ..errors import UserError
-from .config import pipeline_steps, type_name
+from .config import num_processes, pipeline_steps, type_name
 from .data import evaluators_of
 from .sources import Source, first_line
 
@@ -37,13 +36,15 @@ def find_setting_problems(
         UserError: If heads, dataset, preprocessor and metrics have different
         numbers of classes, a metric needs more classes, a metric that is
         monitored is not computed, a scaled learning rate is below the end of
-        its schedule, or stages are not used in distributed training.
+        its schedule, an epoch has no batch, or stages are not used in
+        distributed training.
     """
     yield from _find_class_problems(cfg, sources)
     yield from _find_metric_problems(cfg, sources)
     if any(source.loader == 'train_dataloader' for source in sources):
         yield from _find_monitor_problems(cfg)
         yield from _find_rising_schedules(cfg)
+        yield from _find_empty_epochs(cfg, sources)
         yield from _find_unused_stages(cfg)
 
 
@@ -259,20 +260,6 @@ def _find_monitor_problems(cfg: Config) -> Iterator[UserError]:
 
 # -- learning rate ------------------------------------------------------------
 
-# Environment variables from which mmengine reads the number of processes
-WORLD_SIZES = dict(
-    pytorch='WORLD_SIZE', slurm='SLURM_NTASKS', mpi='OMPI_COMM_WORLD_SIZE'
-)
-
-
-def _world_size(cfg: Config) -> Optional[int]:
-    """The number of processes, None if the launcher does not tell it."""
-    launcher = cfg.get('launcher', 'none')
-    if launcher == 'none':
-        return 1
-    size = os.environ.get(WORLD_SIZES.get(launcher, ''), '')
-    return int(size) if size.isdigit() else None
-
 
 def _find_rising_schedules(cfg: Config) -> Iterator[UserError]:
     """Check that a scaled learning rate is not below the end of its schedule.
@@ -282,21 +269,19 @@ def _find_rising_schedules(cfg: Config) -> Iterator[UserError]:
     that rises.
     """
     scaling = cfg.get('auto_scale_lr') or {}
-    base = scaling.get('base_batch_size')
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
-    loader = cfg.get('train_dataloader') or {}
-    numbers = (
-        optimizer.get('lr') if isinstance(optimizer, dict) else None,
-        loader.get('batch_size') if isinstance(loader, dict) else None,
-        base,
-        _world_size(cfg),
-    )
-    if not scaling.get('enable') or not all(
-        isinstance(number, (int, float)) and number > 0 for number in numbers
+    rate = optimizer.get('lr') if isinstance(optimizer, dict) else None
+    batch = cfg.train_dataloader.get('batch_size')
+    base = scaling.get('base_batch_size')
+    if (
+        not scaling.get('enable')
+        or not isinstance(rate, (int, float))
+        or not isinstance(batch, int)
+        or not isinstance(base, (int, float))
+        or base <= 0
     ):
         return
-    rate, batch, base, processes = numbers
-    batch *= processes
+    batch *= num_processes(cfg)
     scaled = rate * batch / base
     schedulers = cfg.get('param_scheduler') or []
     if isinstance(schedulers, dict):
@@ -317,6 +302,41 @@ def _find_rising_schedules(cfg: Config) -> Iterator[UserError]:
                 f'learning rate scaled to the batch size {batch} is '
                 f'{scaled:g}, so that it would rise: set {option}'
             )
+
+
+# -- batches ------------------------------------------------------------------
+
+
+def _find_empty_epochs(
+    cfg: Config, sources: List[Source]
+) -> Iterator[UserError]:
+    """Check that ``drop_last`` leaves a batch."""
+    loader = cfg.train_dataloader
+    size = loader.get('batch_size')
+    parts = [s for s in sources if s.loader == 'train_dataloader']
+    if (
+        not loader.get('drop_last')
+        or loader.get('batch_sampler')
+        or type_name(loader.get('sampler'))
+        not in ('', 'DefaultSampler', 'RepeatAugSampler')
+        or len(parts) != 1
+        or parts[0].wrapped
+        or not parts[0].intact
+        or not isinstance(size, int)
+    ):
+        return
+    try:
+        total = len(parts[0].dataset)
+    except Exception:
+        return  # Reported by the other checks, or by the run.
+    # Both samplers give all processes the same number of samples.
+    total = -(-total // num_processes(cfg))
+    if total < size:
+        yield UserError(
+            f'train_dataloader.drop_last=True leaves no batch: a process has '
+            f'{total} images and train_dataloader.batch_size is {size}; set '
+            'drop_last=False or a smaller batch_size'
+        )
 
 
 # -- distributed training -----------------------------------------------------

@@ -249,13 +249,10 @@ def test_scaled_rate_below_the_end_of_its_schedule(images):
         # An intended warm-up, and a schedule of another value
         dict(scheduler=dict(COSINE, eta_min=1e-2)),
         dict(scheduler=dict(COSINE, type='CosineAnnealingMomentum')),
-        # The launcher does not tell the number of processes.
-        dict(scheduler=COSINE, launcher='mpi'),
     ],
     ids=str,
 )
-def test_scaled_rates_that_do_not_rise(options, images, monkeypatch):
-    monkeypatch.delenv('OMPI_COMM_WORLD_SIZE', raising=False)
+def test_scaled_rates_that_do_not_rise(options, images):
     assert problems(scaled(images, **options)) == []
 
 
@@ -276,6 +273,43 @@ def test_the_batch_of_all_processes_counts(
     assert 'batch size 8 is 8e-06' in found
     monkeypatch.setenv(name, '5')
     assert problems(cfg) == []
+
+
+@pytest.mark.parametrize(
+    'changes,processes,expected',
+    [
+        (dict(batch_size=9), 1, None),
+        (dict(batch_size=10), 1, '9 images and train_dataloader.batch_size'),
+        (dict(batch_size=5), 2, None),  # 10 of 9 images, in two processes
+        (dict(batch_size=6), 2, 'a process has 5 images'),
+        (
+            dict(batch_size=10, sampler=dict(type='RepeatAugSampler')),
+            1,
+            'set drop_last=False or a smaller batch_size',
+        ),
+        (
+            dict(batch_size=10, sampler=dict(type='InfiniteSampler')),
+            1,
+            None,
+        ),
+        (dict(batch_size=10, drop_last=False), 1, None),
+    ],
+    ids=str,
+)
+def test_drop_last_leaves_a_batch(
+    changes, processes, expected, images, monkeypatch
+):
+    if processes > 1:
+        monkeypatch.setenv('WORLD_SIZE', str(processes))
+    cfg = classifier(
+        images,
+        train_dataloader=dict(dict(drop_last=True), **changes),
+        launcher='none' if processes == 1 else 'pytorch',
+    )
+    found = problems(cfg)
+    assert len(found) == (expected is not None)
+    if expected:
+        assert expected in found[0]
 
 
 # -- paths and names are resolved as during the run ---------------------------
