@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from mmvvt.cli import add_cfg_options
-from mmvvt.preflight import read_config, type_name
+from mmvvt.preflight import type_name
 
 from conftest import ROOT, build_model, load_tool, photograph
 
@@ -37,7 +37,7 @@ SHALLOW = dict(
 
 
 def load(name):
-    return read_config(str(ROOT / 'configs' / f'{name}.py'))
+    return Config.fromfile(ROOT / 'configs' / f'{name}.py')
 
 
 # -- weight decay -------------------------------------------------------------
