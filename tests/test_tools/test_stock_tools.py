@@ -121,7 +121,8 @@ class StockTools:
                 OMP_NUM_THREADS='1',
             ),
         )
-        assert self.process.stdout.readline() == 'ready\n'
+        # A package may print while it is imported.
+        assert 'ready\n' in iter(self.process.stdout.readline, '')
 
     def start(self, tool, *arguments, code=None):
         """Run a tool and return its exit code and its output."""
