@@ -518,7 +518,7 @@ def test_segmentation_flops(mmseg_tools):
             'ValueError: "input_shape" and "inputs" cannot be both set.'
         )
     else:
-        assert 'Params: 1.101M' in output
+        assert 'Params: 1.119M' in output
 
 
 def test_segmentation_browse_dataset(mmseg_tools, scenes_root, tmp_path):
