@@ -305,10 +305,4 @@ def _config_fault(error: Exception) -> Optional[str]:
     if wrong is None:
         return None
     kind = 'needs' if 'missing' in wrong[0] else 'has no'
-    hint = ''
-    if wrong[2].strip("'") == 'pretrained':
-        hint = (
-            "; name the weights with init_cfg=dict(type='Pretrained', "
-            "checkpoint='FILE', prefix='backbone.') of the backbone"
-        )
-    return f'{wrong[1]} {kind} argument {wrong[2]}{hint}'
+    return f'{wrong[1]} {kind} argument {wrong[2]}'

@@ -10,6 +10,7 @@ from .batch_norm import find_batch_norm_problem
 from .config import build_model
 from .data import find_data_problems
 from .labels import find_label_problems
+from .layer_decay import find_layer_decay_problems
 from .settings import find_setting_problems
 from .sources import open_sources
 from .weights import (
@@ -74,8 +75,8 @@ def check_training(cfg: Config) -> None:
     """Check everything that training needs, before it starts.
 
     The order is: pretrained files, data files, labels, settings that must
-    agree, the model and its pretrained weights, batch normalisation. All
-    problems are reported at once.
+    agree, the model, layer-wise learning rates, pretrained weights, batch
+    normalisation. All problems are reported at once.
 
     Args:
         cfg (Config): The complete config.
@@ -117,8 +118,10 @@ def _check(cfg: Config, loaders: List[str], checkpoint: Optional[str]) -> None:
             model = build_model(cfg)
         if checkpoint is not None:
             check_checkpoint(checkpoint, model)
-        elif not missing_weights:
-            check_pretrained_backbone(cfg, model)
+        else:
+            problems += find_layer_decay_problems(cfg, model)
+            if not missing_weights:
+                check_pretrained_backbone(cfg, model)
         if checkpoint is None and not problems:
             problems += find_batch_norm_problem(cfg, model, sources)
     except UserError as error:
