@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import cv2
@@ -69,9 +68,7 @@ def copy_recipe(name, folder, variables, more=''):
 
 def tensors(path, prefix='backbone.'):
     state = load_checkpoint_file(str(path))['state_dict']
-    return {
-        key[len(prefix) :]: t for key, t in state.items() if prefix in key
-    }
+    return {key[len(prefix) :]: t for key, t in state.items() if prefix in key}
 
 
 @pytest.fixture(scope='module')
@@ -80,6 +77,9 @@ def pretrained(tmp_path_factory):
     torch.manual_seed(0)
     backbone = VVT(NANO)
     backbone.init_weights()
+    for name, parameter in backbone.named_parameters():
+        if name.endswith('bias'):  # as after training
+            torch.nn.init.normal_(parameter, std=0.02)
     state = {f'backbone.{k}': v for k, v in backbone.state_dict().items()}
     state['head.fc.weight'] = torch.randn(1000, 128)
     state['head.fc.bias'] = torch.zeros(1000)
@@ -275,3 +275,112 @@ test_pipeline[1].update(scale=(101, 75))
     results = json.loads((work / 'infer' / 'results.json').read_text())
     found = {name for e in results['images'] for name in e['classes']}
     assert found and found <= {'cat', 'dog', 'garden gnome'}
+
+
+# -- LoRA, and four channels of 16 bits ---------------------------------------
+
+
+@pytest.fixture(scope='module')
+def deep_images(tmp_path_factory):
+    """Folders of three classes: PNG and TIFF files, four channels, 16 bits.
+
+    The classes differ in the lower 8 bits only.
+    """
+    root = tmp_path_factory.mktemp('data') / 'deep-images'
+    random = np.random.RandomState(0)
+    for split, number in (('train', 4), ('val', 2)):
+        for label, name in enumerate(('bird', 'cat', 'dog')):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                upper = random.randint(0, 256, (72, 80, 4))
+                image = (256 * upper + 100 * label).astype(np.uint16)
+                suffix = ('png', 'tif', 'tiff', 'png')[index]
+                cv2.imwrite(str(folder / f'{index}.{suffix}'), image)
+    return root
+
+
+@pytest.fixture(scope='module')
+def adapted(tmp_path_factory, images, deep_images, pretrained):
+    """Folder with a run of the LoRA recipe and one with four channels."""
+    from importlib.util import find_spec
+
+    folder = tmp_path_factory.mktemp('adapted')
+    variables = dict(data_root=str(images), pretrained=str(pretrained))
+    plain = copy_recipe(
+        'vvt-tiny_1xb32_own-images', folder, variables, CLASSIFIER
+    )
+    lora = copy_recipe(
+        'vvt-tiny_1xb32_own-images_lora',
+        folder,
+        dict(pretrained=str(pretrained)),
+        f"model['backbone']['module'].update(arch={NANO})\n",
+    )
+    deep = copy_recipe(
+        'vvt-tiny_1xb32_own-images_4-channels',
+        folder,
+        dict(data_root=str(deep_images), pretrained=str(folder / 'bgrx.pth')),
+        """
+train_pipeline[1].update(scale=64)
+test_pipeline[1].update(scale=72)
+test_pipeline[2].update(crop_size=64)
+""",
+    )
+    spec = find_spec('mmpretrain')
+    merge = Path(spec.origin).parent / '.mim/tools/model_converters'
+    work = folder / 'lora'
+    last = work / 'epoch_2.pth'
+    output = run_tools(
+        ['tools/train.py', lora, '--work-dir', work],
+        ['tools/test.py', lora, last, '--work-dir', work]
+        + ['--out', folder / 'lora.json'],
+        ['tools/infer.py', images / 'val', lora, last]
+        + ['--out-dir', folder / 'infer-lora'],
+        [merge / 'merge_lora_weight.py', lora, last, folder / 'merged.pth'],
+        ['tools/infer.py', images / 'val', plain, folder / 'merged.pth']
+        + ['--out-dir', folder / 'infer-merged'],
+        ['tools/model_converters/inflate_input.py', pretrained]
+        + [folder / 'bgrx.pth', '--in-channels', 4, '--rgb', 2, 1, 0],
+        ['tools/train.py', deep, '--work-dir', folder / 'deep'],
+        ['tools/test.py', deep, folder / 'deep/epoch_2.pth']
+        + ['--work-dir', folder / 'deep'],
+        ['tools/infer.py', deep_images / 'val', deep]
+        + [folder / 'deep/epoch_2.pth', '--out-dir', folder / 'infer-deep'],
+    )
+    return folder, output
+
+
+def scores(folder):
+    results = json.loads((folder / 'results.json').read_text())
+    assert not results['skipped']
+    return [dict(zip(e['classes'], e['scores'])) for e in results['images']]
+
+
+def test_lora_trains_little_and_is_merged(adapted, pretrained):
+    folder, _ = adapted
+    state = tensors(folder / 'lora/epoch_2.pth')
+    assert state and all('.lora_' in key for key in state)
+    assert any(
+        t.abs().max() > 0 for key, t in state.items() if 'lora_up' in key
+    )
+    # The merged model has the names of a VVT, and is the same function.
+    before, merged = tensors(pretrained), tensors(folder / 'merged.pth')
+    assert before.keys() == merged.keys()
+    changed = {k for k in before if not torch.equal(before[k], merged[k])}
+    assert changed and all(
+        re.search(r'attn\.(q|k|v|out)_proj\.weight$', key) for key in changed
+    )
+    for one, other in zip(
+        scores(folder / 'infer-lora'), scores(folder / 'infer-merged')
+    ):
+        assert one == pytest.approx(other, abs=2e-6)
+
+
+def test_four_channels_of_16_bits(adapted, deep_images):
+    folder, _ = adapted
+    weight = tensors(folder / 'deep/epoch_2.pth')['patch_embed1.proj.weight']
+    assert weight.shape == (32, 4, 7, 7)
+    assert weight[:, 3].abs().max() > 0  # has been trained
+    assert len(scores(folder / 'infer-deep')) == 6
+    picture = cv2.imread(str(folder / 'infer-deep/pictures/cat/0.png.png'))
+    assert picture is not None and picture.std() > 10
