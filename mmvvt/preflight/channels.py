@@ -106,10 +106,11 @@ def find_channel_problems(
             continue
         found = _num_channels(source)
         if found is not None and found != wanted:
+            flag = 'grayscale' if wanted == 1 else 'unchanged'
             yield source.problem(
                 f'images have {found} channels after the pipeline, but '
-                f'in_channels of the backbone is {wanted}; channels are kept '
-                "by LoadImageFromFile(color_type='unchanged')"
+                f'in_channels of the backbone is {wanted}; see '
+                f'LoadImageFromFile(color_type={flag!r})'
             )
 
 
