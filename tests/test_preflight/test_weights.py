@@ -82,7 +82,11 @@ def state():
 
 def official(state):
     bare = {key[len('backbone.') :]: tensor for key, tensor in state.items()}
-    return {**bare, 'head.weight': torch.ones(9, 40), 'head.bias': torch.ones(9)}
+    return {
+        **bare,
+        'head.weight': torch.ones(9, 40),
+        'head.bias': torch.ones(9),
+    }
 
 
 def notes(scope, path=None, **settings):
