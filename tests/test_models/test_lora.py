@@ -126,3 +126,43 @@ def test_a_single_wrapped_block():
         y = x + block.attn(block.norm1(x), (24, 24))
         y = y + block.mlp(block.norm2(y), (24, 24))
         assert torch.equal(block(x, (24, 24)), y)
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+def test_in_segmentors_and_detectors(scope):
+    """Only the additions and the heads are trained and saved."""
+    pytest.importorskip(scope)
+    backbone = dict(
+        type='mmpretrain.LoRAModel',
+        module=dict(type='VVT', arch=ARCH, out_indices=(1, 2, 3)),
+        rank=2,
+        alpha=2,
+        targets=[dict(type='q_proj')],
+    )
+    fpn = dict(type='FPN', in_channels=[24, 32, 40], out_channels=8)
+    if scope == 'mmseg':
+        cfg = dict(
+            type='EncoderDecoder',
+            backbone=backbone,
+            neck=dict(fpn, num_outs=3),
+            decode_head=dict(
+                type='FCNHead', num_classes=3, in_channels=8, channels=8
+            ),
+        )
+    else:
+        head = dict(type='RetinaHead', num_classes=3, in_channels=8)
+        cfg = dict(
+            type='RetinaNet',
+            backbone=backbone,
+            neck=dict(fpn, num_outs=5),
+            bbox_head=head,
+        )
+    model = build_model(cfg, scope)
+    saved = {key for key in model.state_dict() if key.startswith('backbone.')}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert saved and all('.lora_' in key for key in saved)
+    assert {n for n in trained if n.startswith('backbone.')} == saved
+    assert any(n.startswith('neck.') for n in trained)
+    assert any(n.startswith('neck.') for n in model.state_dict())
+    features = model.extract_feat(torch.randn(1, 3, 64, 64))
+    assert len(features) == cfg['neck']['num_outs']
