@@ -116,13 +116,21 @@ def is_url(path: str) -> bool:
     return '://' in path
 
 
-def _read_state(path: str) -> Dict[str, Any]:
+def _read_state(path: str) -> Optional[Dict[str, Any]]:
     """Read what mmengine takes for the tensors of a checkpoint.
 
-    Without a prefix, mmengine removes ``module.`` from the names, which a
-    distributed model writes.
+    Returns:
+        dict | None: None if only the runner can read the checkpoint: a URL,
+        or before PyTorch 2.6 a file with more than tensors.
     """
-    checkpoint = load_checkpoint_file(os.path.expanduser(path))
+    if is_url(path):
+        return None
+    try:
+        checkpoint = load_checkpoint_file(os.path.expanduser(path))
+    except CheckpointError:
+        if READS_RUNNER_CHECKPOINTS:
+            raise
+        return None
     return checkpoint.get('state_dict', checkpoint)
 
 
@@ -130,7 +138,8 @@ def _select(state: Dict[str, Any], prefix: Optional[str]) -> Dict[str, Any]:
     """Return the tensors that mmengine would load, with a module's names.
 
     With a prefix, these are the tensors below this prefix; mmengine accepts
-    it with and without the final dot.
+    it with and without the final dot. Without a prefix, mmengine removes
+    ``module.`` from the names, which a distributed model writes.
     """
     if prefix is None:
         return {re.sub(r'^module\.', '', k): v for k, v in state.items()}
@@ -244,9 +253,9 @@ def _check_fit(
     frozen: bool = False,
 ) -> None:
     """Raise CheckpointError if a file does not have a module's weights."""
-    if is_url(path) or not READS_RUNNER_CHECKPOINTS:
-        return  # Only the runner can read these checkpoints.
     everything = _read_state(path)
+    if everything is None:
+        return
     state, wanted = _select(everything, prefix), _wanted(module, frozen)
     fitting, missing, other = _sort(wanted, state)
     hint = ''
@@ -371,9 +380,9 @@ def describe_weights(path: str, model: nn.Module, setting: str) -> List[str]:
         CheckpointError: If no tensor of the model, or none of its backbone,
             is in the file. The message is one line.
     """
-    if is_url(path) or not READS_RUNNER_CHECKPOINTS:
-        return []
     state = _read_state(path)
+    if state is None:
+        return []
     names, wanted = _select(state, None), _wanted(_unwrap(model))
     fitting, missing, other = _sort(wanted, names)
     parts = ('backbone.', '')

@@ -214,6 +214,20 @@ def test_channels_of_the_checkpoint(state, tmp_path):
     assert 'to convert a checkpoint of 4 input channels to 3' in line
 
 
+def test_before_pytorch_2_6(state, tmp_path, monkeypatch):
+    """Files of tensors are checked; others can be read by the runner only."""
+    from mmvvt.preflight import weights
+
+    path, broken = tmp_path / 'official.pth', tmp_path / 'broken.pth'
+    torch.save(official(state), path)
+    broken.write_bytes(b'not a checkpoint')
+    monkeypatch.setattr(weights, 'READS_RUNNER_CHECKPOINTS', False)
+    assert 'has not been converted' in notes('mmpretrain', path)
+    assert notes('mmpretrain', broken) == []
+    monkeypatch.setattr(weights, 'READS_RUNNER_CHECKPOINTS', True)
+    assert str(broken) in notes('mmpretrain', broken)
+
+
 def test_random_weights_are_mentioned(scope):
     assert notes(scope) == [
         'the model starts from random weights: neither load_from nor an '
