@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 
 from ..errors import UserError
-from ..preflight import build_model, check_checkpoint
+from ..preflight import build_model, check_checkpoint, check_frozen_weights
 
 
 def load_model(cfg: Config, checkpoint: str) -> Tuple[nn.Module, dict]:
@@ -30,6 +30,7 @@ def load_model(cfg: Config, checkpoint: str) -> Tuple[nn.Module, dict]:
     checkpoint = os.path.expanduser(checkpoint)
     if not os.path.isfile(checkpoint) and '://' not in checkpoint:
         raise UserError(f'no such checkpoint file: {checkpoint}')
+    check_frozen_weights(cfg)
     with warnings.catch_warnings():
         # Losses warn about settings that matter in training only.
         warnings.simplefilter('ignore')

@@ -7,6 +7,7 @@ from .convert import (
     infer_arch,
     official_shapes,
 )
+from .inflate import inflate_input
 from .predictions import load_predictions
 from .resume import check_resumable, find_resumable
 from .safe_load import (
@@ -25,6 +26,7 @@ __all__ = [
     'convert_to_official',
     'find_resumable',
     'infer_arch',
+    'inflate_input',
     'load_checkpoint_file',
     'load_predictions',
     'official_shapes',

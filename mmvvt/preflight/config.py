@@ -317,7 +317,7 @@ def build_model(cfg: Config) -> nn.Module:
         ) from error
     except UserError:
         raise
-    except (KeyError, TypeError) as error:
+    except (AssertionError, KeyError, TypeError) as error:
         reason = _config_fault(error)
         if reason is None:
             raise  # an error inside a module
@@ -327,6 +327,8 @@ def build_model(cfg: Config) -> nn.Module:
 def _config_fault(error: Exception) -> Optional[str]:
     """Explain an unknown class or a wrong argument; None for other errors."""
     text = str(error.args[0] if error.args else error)
+    if isinstance(error, AssertionError):
+        return text or None  # OpenMMLab checks arguments with assertions.
     unknown = re.search(r'(\S+) is not in the (\S+) registry', text)
     if unknown:
         return (

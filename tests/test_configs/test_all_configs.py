@@ -45,6 +45,9 @@ def test_config(path):
         model = preflight.build_model(preflight.read_config(str(ROOT / path)))
     else:
         assert cfg.custom_imports.imports[0] == 'mmvvt'
+        if cfg.model.backbone.type == 'LoRAModel':
+            # It loads the pretrained weights when it is built.
+            cfg.model.backbone.module.init_cfg = None
         model = build_model(cfg.model, cfg.default_scope)
     channels = cfg.model.backbone.get('in_channels', 3)
     model.eval()
@@ -111,7 +114,10 @@ def test_metafiles_list_every_recipe_and_count_right():
     for name in index['Import']:
         for model in yaml.safe_load((ROOT / name).read_text())['Models']:
             listed[model['Config']] = model
-    recipes = {str(p) for p in CONFIGS if p.parts[1] != 'demo'}
+    # Demos and templates for the data of users have no results.
+    recipes = {
+        str(p) for p in CONFIGS if p.parts[1] not in ('demo', 'finetune')
+    }
     assert set(listed) == recipes
     for path, model in listed.items():
         if not path.startswith('configs/classification'):

@@ -173,7 +173,7 @@ def test_topk_and_best_metric(images):
     )
     assert found == [
         'val_evaluator (Accuracy) has topk=(1, 5), but model.head.num_classes '
-        'is 3: topk must not exceed it',
+        'is 3: topk must not exceed it; set val_evaluator.topk=1',
         "default_hooks.checkpoint.save_best is 'accuracy/top3', but "
         'val_evaluator computes accuracy/top1, accuracy/top5',
     ]
