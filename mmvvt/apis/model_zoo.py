@@ -113,10 +113,12 @@ def get_model(
 
     The model is initialised as for training and is in evaluation mode.
     Synchronised batch norm is replaced by batch norm, so that the model also
-    runs on a CPU. As for models of mmpretrain, mmseg and mmdet, calling the
-    model with normalised images ``(B, C, H, W)`` computes the outputs of its
-    head. It can be passed to the inference functions of these packages, and
-    to ``mmengine.runner.Runner``, which keeps its weights.
+    runs on a CPU. Calling a classifier or segmentor with normalised images
+    ``(B, C, H, W)`` computes class scores. The models can be passed to the
+    inference functions of mmpretrain, mmseg and mmdet, and to
+    ``mmengine.runner.Runner``, which keeps the weights. The inference
+    functions of mmseg and mmdet use mmengine's default scope, which is that of
+    the model built last.
 
     Example:
         >>> from mmvvt.apis import get_model
@@ -126,8 +128,8 @@ def get_model(
 
     Args:
         name (str): Name of a model, see :func:`list_models`.
-        pretrained (str | Path | bool, optional): Path or URL of a checkpoint, or
-            True for the published weights, which must have been converted,
+        pretrained (str | Path | bool, optional): Path or URL of a checkpoint,
+            or True for the published weights, which must have been converted,
             see :func:`mmvvt.checkpoint.find_weights`. The checkpoint must
             contain the backbone. Other parts that it does not contain, and
             layers of another number of classes, are newly initialised, and
@@ -169,7 +171,8 @@ def get_model(
             'pretrained must be a path, a URL, True or None, got '
             f'{pretrained!r}'
         )
-    cfg = read_config(str(info.config))
+    with _quiet():
+        cfg = read_config(str(info.config))
     if type_name(cfg.model.backbone.get('init_cfg')) == 'Pretrained':
         # Only the argument of this function decides what is loaded.
         cfg.model.backbone.pop('init_cfg')
@@ -232,11 +235,12 @@ def _quiet() -> Iterator[None]:
     """Build and initialise a model without messages about training.
 
     Losses warn about their settings, the data preprocessor logs how it encodes
-    labels, and mmengine logs a line for each parameter.
+    labels, and mmengine logs a line for each parameter. mmengine also warns if
+    the default scope is set to that of another package.
     """
     logger = MMLogger.get_current_instance()
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
