@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
 from ..errors import UserError
+from ..shipped import find_config
 
 INSTALL_HINTS = {
     'mmpretrain': 'pip install mmpretrain==1.2.0',
@@ -28,7 +29,9 @@ def read_config(
     """Read a config and initialise its default scope.
 
     Args:
-        config (str | Config): Path of a config file, or a config.
+        config (str | Config): A config, or the path of a config file, or the
+            name of a config of the package, see
+            :func:`mmvvt.shipped.find_config`.
         options (dict, optional): Settings that override those of the config.
             Defaults to None.
 
@@ -42,9 +45,7 @@ def read_config(
     if isinstance(config, Config):
         path, cfg = config.filename, copy.deepcopy(config)
     else:
-        path, cfg = config, None
-        if not os.path.isfile(path):
-            raise UserError(f'no such config file: {path}')
+        path, cfg = find_config(config), None
     scope: Optional[str] = None
     try:
         if cfg is None:
