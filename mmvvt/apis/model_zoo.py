@@ -162,8 +162,8 @@ def get_model(
         if info.weights is None:
             raise UserError(
                 f'there are no published weights of {info.name}: train it with'
-                f' tools/train.py {info.config}, and give the path of the '
-                'checkpoint as pretrained'
+                f' python -m mmvvt train {info.name}, and give the path of the'
+                ' checkpoint as pretrained'
             )
         pretrained = info.weights
     elif pretrained is not None and not isinstance(pretrained, (str, Path)):
