@@ -8,6 +8,7 @@ from .convert import (
     official_shapes,
 )
 from .predictions import load_predictions
+from .published import CONVERTER, SCHEME, find_weights, weight_folders
 from .resume import check_resumable, find_resumable
 from .safe_load import (
     READS_RUNNER_CHECKPOINTS,
@@ -18,12 +19,15 @@ from .safe_load import (
 )
 
 __all__ = [
+    'CONVERTER',
     'READS_RUNNER_CHECKPOINTS',
+    'SCHEME',
     'CheckpointError',
     'check_resumable',
     'convert_official',
     'convert_to_official',
     'find_resumable',
+    'find_weights',
     'infer_arch',
     'load_checkpoint_file',
     'load_predictions',
@@ -31,4 +35,5 @@ __all__ = [
     'read_checkpoint',
     'register_safe_globals',
     'save_checkpoint_file',
+    'weight_folders',
 ]
