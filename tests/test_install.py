@@ -20,6 +20,7 @@ def install(tmp_path, monkeypatch):
         'requirements/install.py',
         'requirements.txt',
         'requirements/classification.txt',
+        'setup.py',
         'setup.cfg',
     ):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -64,7 +65,12 @@ def test_a_broken_one_is_not(install):
 
 @pytest.mark.parametrize(
     'name',
-    ['requirements.txt', 'setup.cfg', 'requirements/classification.txt'],
+    [
+        'requirements.txt',
+        'requirements/classification.txt',
+        'setup.py',
+        'setup.cfg',
+    ],
 )
 def test_changed_requirements_make_a_new_one(install, name):
     stamp(install, 'demo')

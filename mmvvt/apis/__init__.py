@@ -1,9 +1,16 @@
-"""Public Python API for inference and export."""
+"""Public Python API: models by name, inference and export.
+
+Importing it adds the classifiers to the models of mmpretrain, so that
+``mmpretrain.get_model`` and the inferencers of mmpretrain find them by name.
+"""
 
 from .dry_run import dry_run
 from .export import ExportResult, export_model
 from .memory import keep_freed_memory
+from .model_zoo import get_model, list_models, register_with_mmpretrain
 from .predictor import Predictor, choose_device, find_images
+
+register_with_mmpretrain()
 
 __all__ = [
     'ExportResult',
@@ -12,5 +19,7 @@ __all__ = [
     'dry_run',
     'export_model',
     'find_images',
+    'get_model',
     'keep_freed_memory',
+    'list_models',
 ]
