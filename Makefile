@@ -10,7 +10,7 @@ SCENES_CONFIG := configs/demo/vvt-nano_fpn_digit-scenes.py
 BOXES := work_dirs/retinanet_vvt-nano_digit-scenes
 BOXES_CONFIG := configs/demo/retinanet_vvt-nano_digit-scenes.py
 
-.PHONY: help demo demo-seg demo-det test test-fast test-kill fuzz lint docs install clean
+.PHONY: help demo demo-seg demo-det test test-fast test-kill fuzz lint compat docs install clean
 
 help:
 	@echo "make demo      train and test a small VVT on handwritten digits"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-fast run the tests marked fast, in under 90 seconds"
 	@echo "make test-kill kill training at random moments and resume it, 40 times"
 	@echo "make fuzz      read 10 000 damaged and hostile files, about 3 minutes"
+	@echo "make compat    run the fast tests with other versions of Python and PyTorch"
 	@echo "make lint      check the style and the spelling"
 	@echo "make docs      build the documentation site in site/ and check its links"
 	@echo "make install   install everything and stop there"
@@ -77,6 +78,13 @@ test-kill: install
 # Prints a table of the outcomes. A case that fails can be repeated alone.
 fuzz: install
 	$(PY) tests/fuzz.py --cases 10000
+
+# Other versions of Python, PyTorch and OpenMMLab, see noxfile.py. Each of the
+# environments takes up to 6 GB of disk space.
+compat:
+	$(PYTHON) -m venv .nox
+	.nox/bin/python -m pip install --quiet nox==2025.11.12
+	.nox/bin/nox
 
 lint: install
 	$(PY) -m ruff check .

@@ -18,6 +18,8 @@ INSTALL_HINTS = {
     'mmseg': "pip install 'mmvvt[segmentation]'",
     'mmdet': "pip install 'mmvvt[detection]', and mmcv with its compiled ops",
 }
+# The newest versions that the original builds of OpenMMLab accept
+NEWEST_VERSIONS = {'mmcv': '2.1.0', 'mmengine': '0.10.7'}
 
 
 def read_config(
@@ -34,8 +36,8 @@ def read_config(
         Config: The config. If a config was given, a copy of it.
 
     Raises:
-        UserError: If the file does not exist or requires a package that is
-            not installed.
+        UserError: If the file does not exist, or requires a package that is
+            not installed or does not accept the version of another one.
     """
     if isinstance(config, Config):
         path, cfg = config.filename, copy.deepcopy(config)
@@ -56,8 +58,27 @@ def read_config(
             f'{path} needs the package {error.name}, which is not installed: '
             f'{INSTALL_HINTS.get(scope or "", "see README.md")}'
         ) from error
+    except AssertionError as error:
+        explained = _explain_version_check(error, path, scope)
+        if explained is None:
+            raise
+        raise explained from error
     init_default_scope(scope)
     return cfg
+
+
+def _explain_version_check(
+    error: AssertionError, path: str, scope: Optional[str]
+) -> Optional[UserError]:
+    """Explain the error if it is the version check of an OpenMMLab package."""
+    found = re.match(r'(\w+)==(\S+) is used but incompatible', str(error))
+    if found is None:
+        return None
+    package, version = found[1].lower(), found[2]
+    return UserError(
+        f'{path} needs {scope or "a package"}, which does not support '
+        f'{package} {version}: install {package}=={NEWEST_VERSIONS[package]}'
+    )
 
 
 def _package_of(cfg: Config) -> str:

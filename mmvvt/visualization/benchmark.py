@@ -1,6 +1,6 @@
 """Plot of a benchmark: speed and memory against the image size."""
 
-from typing import List
+from typing import Any, Dict, List
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -109,7 +109,7 @@ def plot_benchmark(rows: List[Row], path: str) -> None:
         axis.grid(True, which='both', alpha=0.25)
     figure.suptitle(f'{rows[0].machine}, {rows[0].dtype}', fontsize=9)
     figure.tight_layout()
-    handles = {}  # a model may be missing in a panel
+    handles: Dict[str, Any] = {}  # a model may be missing in a panel
     for axis in axes.flat[: len(panels)]:
         handles.update(zip(*reversed(axis.get_legend_handles_labels())))
     figure.legend(

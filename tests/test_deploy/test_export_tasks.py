@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from mmdet.structures import DetDataSample
 
 from mmvvt.apis import export_model
 from mmvvt.deploy.formats import FORMATS
@@ -20,6 +19,9 @@ from mmvvt.errors import UserError
 
 from conftest import relative_error
 from export_cases import build, load, save_random, small_config
+
+pytest.importorskip('mmseg')
+DetDataSample = pytest.importorskip('mmdet.structures').DetDataSample
 
 
 def segment(model, images):

@@ -18,7 +18,12 @@ def test_values_and_gradient(clamp):
     inside = (t.abs() >= 1e-4) & (t.abs() <= 1e4)
     expected = t.sign() * t.abs().clip(1e-4, 1e4)
     assert torch.equal(out, expected)
-    assert torch.equal(t.grad, inside.double())
+    compared = torch.full_like(t, True, dtype=torch.bool)
+    if clamp is reference.magnitude_clamp:
+        # The gradient of torch.clamp at a bound is 1 in PyTorch 2.11 and 0 in
+        # PyTorch 2.14.
+        compared = (t.abs() != 1e-4) & (t.abs() != 1e4)
+    assert torch.equal(t.grad[compared], inside.double()[compared])
     assert (out[t == 0] == 0).all()
 
 

@@ -422,6 +422,35 @@ def test_products_by_processor(flag, dtype, monkeypatch):
         assert not runs_in_strips(build_block(usual), x.to(usual))
 
 
+@pytest.mark.parametrize(
+    'capability,expected', [('AVX512', True), ('AVX2', False)]
+)
+def test_weight_gradients_by_processor(capability, expected, monkeypatch):
+    monkeypatch.setattr(
+        torch.backends.cpu, 'get_cpu_capability', lambda: capability
+    )
+    assert common.convolves_weight_grads(torch.float32) is expected
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert not common.convolves_weight_grads(dtype)
+
+
+@pytest.mark.parametrize('grid', GRIDS)
+def test_weight_gradients_by_convolution(grid, strip_numbers, monkeypatch):
+    calls = []
+
+    def convolves(dtype):
+        calls.append(dtype)
+        return True
+
+    monkeypatch.setattr(common, 'convolves_weight_grads', convolves)
+    block = build_block(locality='sum')
+    x = torch.randn(3, grid[0] * grid[1], 16, dtype=torch.float64)
+    cotangent = torch.randn_like(x)
+    ours = run(block, x, grid, cotangent)
+    assert calls
+    assert_same(ours, run(layer_by_layer(block), x, grid, cotangent), 1e-9)
+
+
 def test_cut_covers_everything_once(strip_numbers):
     """Each row is computed once, also where windows overlap."""
     for batch, height, width in [(3, 7, 5), (2, 1, 6), (5, 2, 2), (1, 9, 1)]:

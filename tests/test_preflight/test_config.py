@@ -1,10 +1,14 @@
 """Names of classes and modules in configs."""
 
+import importlib
+import sys
+
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmvvt.datasets import Digits
+from mmvvt.errors import UserError
 from mmvvt.preflight import (
     class_names,
     guard_pipelines,
@@ -125,3 +129,33 @@ def test_a_config_object_is_not_modified():
     cfg = Config(dict(default_scope='mmpretrain', a=1))
     assert read_config(cfg, dict(a=2)).a == 2
     assert cfg.a == 1
+
+
+@pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg', 'mmdet'])
+@pytest.mark.parametrize(
+    'package,version,install',
+    [('mmcv', '2.9.0', 'mmcv==2.1.0'), ('mmengine', '1.1.0', 'mmengine==0.')],
+)
+def test_unsupported_versions(
+    scope, package, version, install, tmp_path, monkeypatch
+):
+    """The version checks of OpenMMLab's packages are assertions."""
+    pytest.importorskip(scope)
+    path = tmp_path / 'config.py'
+    path.write_text(f'default_scope = {scope!r}')
+    monkeypatch.delitem(sys.modules, scope)  # it is imported again
+    module = importlib.import_module(package)
+    monkeypatch.setattr(module, '__version__', version)
+    with pytest.raises(UserError) as caught:
+        read_config(str(path))
+    assert str(caught.value).startswith(
+        f'{path} needs {scope}, which does not support {package} {version}: '
+        f'install {install}'
+    )
+
+
+def test_other_assertions_keep_their_traceback(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text('assert 1 > 2, "a mistake in the config"')
+    with pytest.raises(AssertionError, match='a mistake in the config'):
+        read_config(str(path))

@@ -197,6 +197,53 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     return to_pixels(F.conv2d(to_channels(x), weight[:, :, None, None], bias))
 
 
+def convolves_weight_grads(dtype: torch.dtype) -> bool:
+    """Whether weight gradients are computed as those of 1x1 convolutions.
+
+    See :func:`linear` for the reason. The speed of both operations is
+    in docs/speed.md: the convolution is faster in float32 with AVX-512, and
+    slower with AVX2. For 16-bit dtypes, PyTorch computes products with oneDNN.
+
+    Args:
+        dtype (torch.dtype): Dtype of the product.
+
+    Returns:
+        bool: True for float32 on processors with AVX-512.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    return dtype is torch.float32 and capability == 'AVX512'
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Compute the gradient ``grad.T @ x`` of the weight of a linear layer.
+
+    Args:
+        grad (Tensor): Gradient of the output, ``(b, rows, w, C_out)``.
+        x (Tensor): Input of the layer, ``(b, rows, w, C_in)``.
+
+    Returns:
+        Tensor: Gradient of the weight, ``(C_out, C_in)``.
+    """
+    if not convolves_weight_grads(x.dtype):
+        # (b, rows, w, channels) -> (b * rows * w, channels)
+        return grad.flatten(0, 2).t() @ x.flatten(0, 2)
+    _, weight, _ = torch.ops.aten.convolution_backward(
+        to_channels(grad),
+        to_channels(x),
+        x.new_empty(grad.shape[-1], x.shape[-1], 1, 1),
+        None,
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, False],
+    )
+    # (C_out, C_in, 1, 1) -> (C_out, C_in)
+    return weight.flatten(1)
+
+
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -337,12 +384,16 @@ class GradSums:
             grad (Tensor): Gradient of the output, ``(b, rows, w, C_out)``.
             x (Tensor): Input of the layer, ``(b, rows, w, C_in)``.
         """
-        # (b, rows, w, channels) -> (b * rows * w, channels)
-        grad, x = grad.flatten(0, 2), x.flatten(0, 2)
-        if name in self._sums and self._sums[name].dtype == x.dtype:
-            self._sums[name].addmm_(grad.t(), x)
+        total = self._sums.get(name)
+        if (
+            total is None
+            or total.dtype != x.dtype
+            or convolves_weight_grads(x.dtype)
+        ):
+            self.add(name, weight_grad(grad, x))
         else:
-            self.add(name, grad.t() @ x)
+            # (b, rows, w, channels) -> (b * rows * w, channels)
+            total.addmm_(grad.flatten(0, 2).t(), x.flatten(0, 2))
 
     def of(self, names: Tuple[str, ...]) -> List[Tensor]:
         """Return the accumulated gradients in the order of ``names``."""

@@ -170,6 +170,8 @@ def _forward(
             if scale is not None:
                 branch.mul_(scale[images])
             torch.add(x[images, rows], branch, out=out[images, rows])
+            # The next strip uses this memory again.
+            del hidden, mixed, active, branch
     return out
 
 
