@@ -19,7 +19,7 @@ from mmvvt.ops.reference import vicinity_weight
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / 'docs' / 'images'
 RESULTS = ['cpu_224_512.csv', 'cpu_1024_2048.csv']
-GRID = (56, 56)  # of stage 1 at 224 x 224 pixels
+GRID = (28, 28)  # of stage 2 at 224 x 224 pixels
 NAMES = {
     'vvt-small': ('VVT-small', '#1f5fbf', '-'),
     'vvt-small-plain': ('reference impl.', '#1f5fbf', ':'),
@@ -67,8 +67,8 @@ def draw_maps(panels: List[tuple], path: Path, relative: bool = False) -> None:
             token[1], token[0], 'o', color='white', markeredgecolor='black'
         )
         axis.set_title(title, fontsize=10)
-        axis.set_xticks([0, 28, 55])
-        axis.set_yticks([0, 28, 55])
+        axis.set_xticks([0, 14, 27])
+        axis.set_yticks([0, 14, 27])
         axis.tick_params(labelsize=8)
     label = 'relative weight' if relative else 'weight'
     figure.colorbar(image, ax=axes, shrink=0.85, label=label)
@@ -140,7 +140,7 @@ def draw_lines(rows: List[Row], what: str, path: Path, gap: float) -> None:
 
 def main(folder: Path = IMAGES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    middle, corner = (20, 24), (50, 6)
+    middle, corner = (10, 12), (25, 3)
     draw_maps(
         [
             ('a token', middle, 'sum'),
