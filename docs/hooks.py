@@ -13,8 +13,11 @@ a relative link is the same link on a code host and on the site. The site has
 Formulas are converted to MathML, which browsers render without a script.
 """
 
+import ast
 import html
+import logging
 import re
+import zlib
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
@@ -215,6 +218,31 @@ def on_files(files, config):
             )
             pending.append((path, content))
     return moved
+
+
+def public_names() -> Iterator[str]:
+    """Yield the names that the packages of mmvvt list in ``__all__``."""
+    for path in sorted((ROOT / 'mmvvt').glob('*/__init__.py')):
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            if isinstance(node, ast.Assign) and (
+                getattr(node.targets[0], 'id', '') == '__all__'
+            ):
+                for name in ast.literal_eval(node.value):
+                    yield f'mmvvt.{path.parent.name}.{name}'
+
+
+def on_post_build(config):
+    """Warn about public names that are not in the API reference."""
+    data = (Path(config.site_dir) / 'objects.inv').read_bytes()
+    # Four lines of text, and a compressed line for each name
+    names = zlib.decompress(data.split(b'\n', 4)[4]).decode()
+    found = {line.split(' ')[0] for line in names.splitlines()}
+    for name in public_names():
+        if name not in found:
+            logging.getLogger('mkdocs.hooks').warning(
+                f'{name} is not in the API reference: it needs a docstring, '
+                'and its package a page in docs/api/'
+            )
 
 
 def on_page_content(content, page, config, files):
