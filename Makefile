@@ -95,7 +95,7 @@ lint: install
 # Warnings are errors. EXTERNAL=1 also fetches the links to other servers.
 docs:
 	$(PYTHON) requirements/install.py docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	$(PY) docs/check_links.py site $(if $(EXTERNAL),--external)
 	@echo "open site/index.html, or for the search: $(PY) -m http.server -d site"
 
