@@ -15,6 +15,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 import mmvvt  # noqa: F401, registers the modules
 
+from tool_server import ToolServer
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / 'tests' / 'data'
 
@@ -81,8 +83,11 @@ def run_two_processes(script, folder, timeout):
 
 def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
     """Run a Python tool of the project; stderr is merged into stdout."""
+    arguments = [str(argument) for argument in arguments]
+    if env is None and arguments[0].endswith('.py') and hasattr(os, 'fork'):
+        return _tool_server.run(arguments, cwd, timeout)
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, *arguments],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
@@ -90,6 +95,9 @@ def run_tool(*arguments, env=None, timeout=300, cwd=ROOT):
         text=True,
         timeout=timeout,
     )
+
+
+_tool_server = ToolServer()
 
 
 def load_tool(path):

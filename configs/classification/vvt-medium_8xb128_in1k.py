@@ -1,5 +1,6 @@
-# VVT-medium on ImageNet-1K at 224 x 224, as in the paper: drop path rate 0.3,
-# gradient clipping 1.0, no EMA. Other settings are in the base configs.
+# VVT-medium on ImageNet-1K at 224 x 224, as in the official code: drop path
+# rate 0.3, gradient clipping 1.0, no EMA. Other settings are in the base
+# configs.
 _base_ = [
     '../_base_/models/vvt_classifier.py',
     '../_base_/datasets/imagenet_vvt_224.py',

@@ -64,7 +64,7 @@ param_scheduler = [
     ),
     dict(
         type='CosineAnnealingLR',
-        eta_min=1e-5,
+        eta_min_ratio=5e-3,
         begin=1,
         end=10,
         convert_to_iter_based=True,

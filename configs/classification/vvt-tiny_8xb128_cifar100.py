@@ -1,5 +1,6 @@
-# VVT-tiny trained from scratch on CIFAR-100, resized to 224 x 224, as in the
-# ablation studies of the paper. Other settings are the same as on ImageNet-1K.
+# VVT-tiny trained from scratch on CIFAR-100, resized to 224 x 224, with the
+# settings for ImageNet-1K. The paper does not state which model it used for
+# its ablation study on CIFAR-100.
 _base_ = [
     '../_base_/models/vvt_classifier.py',
     '../_base_/datasets/cifar100_vvt_224.py',

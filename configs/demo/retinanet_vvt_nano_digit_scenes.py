@@ -159,7 +159,7 @@ param_scheduler = [
     dict(type=LinearLR, start_factor=1e-2, by_epoch=False, end=100),
     dict(
         type=CosineAnnealingLR,
-        eta_min=1e-5,
+        eta_min_ratio=5e-3,
         by_epoch=False,
         begin=100,
         end=1400,

@@ -64,7 +64,7 @@ param_scheduler = [
     ),
     dict(
         type='CosineAnnealingLR',
-        eta_min=1e-5,
+        eta_min_ratio=5e-3,
         begin=2,
         end=30,
         convert_to_iter_based=True,
@@ -77,7 +77,7 @@ auto_scale_lr = dict(base_batch_size=64)
 
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(max_keep_ckpts=1),
+    checkpoint=dict(max_keep_ckpts=1, save_best=None),
     visualization=dict(rescale_factor=32),
 )
 randomness = dict(seed=0)

@@ -85,7 +85,7 @@ param_scheduler = [
     dict(type=LinearLR, start_factor=1e-2, end=2, convert_to_iter_based=True),
     dict(
         type=CosineAnnealingLR,
-        eta_min=1e-5,
+        eta_min_ratio=5e-3,
         begin=2,
         end=30,
         convert_to_iter_based=True,

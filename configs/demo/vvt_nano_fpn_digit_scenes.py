@@ -107,7 +107,7 @@ param_scheduler = [
     dict(type=LinearLR, start_factor=1e-2, by_epoch=False, end=50),
     dict(
         type=CosineAnnealingLR,
-        eta_min=1e-5,
+        eta_min_ratio=2e-3,
         by_epoch=False,
         begin=50,
         end=2400,

@@ -1,4 +1,4 @@
-# Mask R-CNN with VVT-large on COCO, 12 epochs.
+# Mask R-CNN with VVT-large on COCO, 12 epochs, with the settings of Swin.
 _base_ = [
     '../_base_/models/mask-rcnn_vvt_fpn.py',
     '../_base_/datasets/coco_instance.py',

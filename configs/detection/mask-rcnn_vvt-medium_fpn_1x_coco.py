@@ -1,4 +1,4 @@
-# Mask R-CNN with VVT-medium on COCO, 12 epochs.
+# Mask R-CNN with VVT-medium on COCO, 12 epochs, with the settings of Swin.
 _base_ = [
     '../_base_/models/mask-rcnn_vvt_fpn.py',
     '../_base_/datasets/coco_instance.py',
@@ -9,7 +9,7 @@ _base_ = [
 model = dict(
     backbone=dict(
         arch='medium',
-        drop_path_rate=0.3,
+        drop_path_rate=0.2,
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-medium_in1k.pth',

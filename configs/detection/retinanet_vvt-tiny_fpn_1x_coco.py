@@ -1,8 +1,8 @@
-# RetinaNet with VVT-tiny on COCO, 12 epochs.
+# RetinaNet with VVT-tiny on COCO, 12 epochs, with the settings of PVT.
 _base_ = [
     '../_base_/models/retinanet_vvt_fpn.py',
     '../_base_/datasets/coco_detection.py',
-    '../_base_/schedules/adamw_detection_1x.py',
+    '../_base_/schedules/pvt_retinanet_1x.py',
     '../_base_/detection_runtime.py',
 ]
 

@@ -2,7 +2,7 @@
 # PVT.
 _base_ = [
     '../_base_/models/fpn_vvt.py',
-    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/datasets/ade20k_512x512_pvt.py',
     '../_base_/schedules/pvt_fpn_40k.py',
     '../_base_/segmentation_runtime.py',
 ]
@@ -11,7 +11,7 @@ model = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(
         arch='medium',
-        drop_path_rate=0.3,
+        drop_path_rate=0.1,
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-medium_in1k.pth',

@@ -2,7 +2,7 @@
 # The paper has no result for this model.
 _base_ = [
     '../_base_/models/fpn_vvt.py',
-    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/datasets/ade20k_512x512_pvt.py',
     '../_base_/schedules/pvt_fpn_40k.py',
     '../_base_/segmentation_runtime.py',
 ]

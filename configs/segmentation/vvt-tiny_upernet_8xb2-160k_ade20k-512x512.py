@@ -11,7 +11,7 @@ model = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(
         arch='tiny',
-        drop_path_rate=0.1,
+        drop_path_rate=0.3,
         init_cfg=dict(
             type='Pretrained',
             checkpoint='pretrained/vvt-tiny_in1k.pth',

@@ -1,7 +1,6 @@
 """Check that batch normalisation gets more than one value per channel."""
 
 import copy
-import os
 from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
@@ -12,19 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
-from .config import type_name
+from .config import num_processes, type_name
 from .sources import Source
 
 
 class _SingleValue(Exception):
     """Stops the forward pass at a layer that gets one value per channel."""
-
-
-def _num_processes(cfg: Config) -> int:
-    if cfg.get('launcher', 'none') == 'none':
-        return 1
-    names = ('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
-    return next((int(os.environ[n]) for n in names if n in os.environ), 1)
 
 
 def _small_batch(
@@ -55,7 +47,7 @@ def _small_batch(
     except Exception:
         return None
     # DefaultSampler gives all processes the same number of samples.
-    total = -(-total // _num_processes(cfg))
+    total = -(-total // num_processes(cfg))
     if total % size != 1:
         return None
     return (
@@ -92,7 +84,7 @@ def find_batch_norm_problem(
     if small is None:
         return
     reason, remedy = small
-    processes = _num_processes(cfg)
+    processes = num_processes(cfg)
     synchronised = {
         name
         for name, module in layers.items()

@@ -112,6 +112,21 @@ def type_name(cfg: Any) -> str:
     return name.rpartition('.')[2]
 
 
+def num_processes(cfg: Config) -> int:
+    """Return the number of processes of a run, as its launcher sets it.
+
+    Args:
+        cfg (Config): Config with ``launcher``.
+
+    Returns:
+        int: The number of processes, 1 if it is not known.
+    """
+    if cfg.get('launcher', 'none') == 'none':
+        return 1
+    names = ('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+    return next((int(os.environ[n]) for n in names if n in os.environ), 1)
+
+
 def innermost_datasets(dataset: dict) -> Iterator[dict]:
     """Iterate over the dataset configs inside dataset wrappers."""
     inner: List[dict] = list(dataset.get('datasets', []))

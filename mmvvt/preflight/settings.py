@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 
 from ..errors import UserError
-from .config import pipeline_steps, type_name
+from .config import num_processes, pipeline_steps, type_name
 from .data import evaluators_of
 from .sources import Source, first_line
 
@@ -35,13 +35,16 @@ def find_setting_problems(
     Yields:
         UserError: If heads, dataset, preprocessor and metrics have different
         numbers of classes, a metric needs more classes, a metric that is
-        monitored is not computed, or stages are not used in distributed
-        training.
+        monitored is not computed, a scaled learning rate is below the end of
+        its schedule, an epoch has no batch, or stages are not used in
+        distributed training.
     """
     yield from _find_class_problems(cfg, sources)
     yield from _find_metric_problems(cfg, sources)
     if any(source.loader == 'train_dataloader' for source in sources):
         yield from _find_monitor_problems(cfg)
+        yield from _find_rising_schedules(cfg)
+        yield from _find_empty_epochs(cfg, sources)
         yield from _find_unused_stages(cfg)
 
 
@@ -253,6 +256,87 @@ def _find_monitor_problems(cfg: Config) -> Iterator[UserError]:
                     f'{setting} is {name!r}, but val_evaluator computes '
                     f'{", ".join(sorted(names)) or "no metric"}'
                 )
+
+
+# -- learning rate ------------------------------------------------------------
+
+
+def _find_rising_schedules(cfg: Config) -> Iterator[UserError]:
+    """Check that a scaled learning rate is not below the end of its schedule.
+
+    mmengine scales the learning rate by the batch size, but not an
+    ``eta_min``. A small batch would therefore be trained with a learning rate
+    that rises.
+    """
+    scaling = cfg.get('auto_scale_lr') or {}
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    rate = optimizer.get('lr') if isinstance(optimizer, dict) else None
+    batch = cfg.train_dataloader.get('batch_size')
+    base = scaling.get('base_batch_size')
+    if (
+        not scaling.get('enable')
+        or not isinstance(rate, (int, float))
+        or not isinstance(batch, int)
+        or not isinstance(base, (int, float))
+        or base <= 0
+    ):
+        return
+    batch *= num_processes(cfg)
+    scaled = rate * batch / base
+    schedulers = cfg.get('param_scheduler') or []
+    if isinstance(schedulers, dict):
+        schedulers = [schedulers]
+    for index, scheduler in enumerate(schedulers):
+        if not type_name(scheduler).endswith('LR'):
+            continue
+        end = scheduler.get('eta_min')
+        # An end above the learning rate of the config is intended.
+        if isinstance(end, (int, float)) and scaled < end <= rate:
+            option = (
+                f'eta_min_ratio={end / rate:g} in place of eta_min'
+                if type_name(scheduler).startswith('Cosine')
+                else 'a lower eta_min'
+            )
+            yield UserError(
+                f'param_scheduler[{index}].eta_min is {end:g}, but the '
+                f'learning rate scaled to the batch size {batch} is '
+                f'{scaled:g}, so that it would rise: set {option}'
+            )
+
+
+# -- batches ------------------------------------------------------------------
+
+
+def _find_empty_epochs(
+    cfg: Config, sources: List[Source]
+) -> Iterator[UserError]:
+    """Check that ``drop_last`` leaves a batch."""
+    loader = cfg.train_dataloader
+    size = loader.get('batch_size')
+    parts = [s for s in sources if s.loader == 'train_dataloader']
+    if (
+        not loader.get('drop_last')
+        or loader.get('batch_sampler')
+        or type_name(loader.get('sampler'))
+        not in ('', 'DefaultSampler', 'RepeatAugSampler')
+        or len(parts) != 1
+        or parts[0].wrapped
+        or not parts[0].intact
+        or not isinstance(size, int)
+    ):
+        return
+    try:
+        total = len(parts[0].dataset)
+    except Exception:
+        return  # Reported by the other checks, or by the run.
+    # Both samplers give all processes the same number of samples.
+    total = -(-total // num_processes(cfg))
+    if total < size:
+        yield UserError(
+            f'train_dataloader.drop_last=True leaves no batch: a process has '
+            f'{total} images and train_dataloader.batch_size is {size}; set '
+            'drop_last=False or a smaller batch_size'
+        )
 
 
 # -- distributed training -----------------------------------------------------

@@ -206,6 +206,112 @@ def test_a_test_set_without_labels(images):
     assert problems(cfg, weights) == []
 
 
+# -- learning rate ------------------------------------------------------------
+
+
+def scaled(root, scheduler, batch_size=2, launcher='none', enable=True):
+    """A run whose learning rate is 1e-3 for a batch size of 1000."""
+    return classifier(
+        root,
+        train_dataloader=dict(batch_size=batch_size),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+        param_scheduler=scheduler,
+        auto_scale_lr=dict(enable=enable, base_batch_size=1000),
+        launcher=launcher,
+    )
+
+
+COSINE = dict(type='CosineAnnealingLR', eta_min=1e-5, end=3)
+
+
+def test_scaled_rate_below_the_end_of_its_schedule(images):
+    linear = dict(type='LinearLR', start_factor=0.1, end=1)
+    assert problems(scaled(images, [linear, COSINE])) == [
+        'param_scheduler[1].eta_min is 1e-05, but the learning rate scaled to '
+        'the batch size 2 is 2e-06, so that it would rise: set '
+        'eta_min_ratio=0.01 in place of eta_min'
+    ]
+    (found,) = problems(
+        scaled(images, dict(type='mmengine.PolyLR', eta_min=1e-3))
+    )
+    assert found.endswith('so that it would rise: set a lower eta_min')
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(scheduler=COSINE, enable=False),
+        dict(scheduler=COSINE, batch_size=10),
+        dict(scheduler=[dict(COSINE, eta_min=0.0)]),
+        dict(
+            scheduler=dict(type='CosineAnnealingLR', eta_min_ratio=1e-2, end=3)
+        ),
+        # An intended warm-up, and a schedule of another value
+        dict(scheduler=dict(COSINE, eta_min=1e-2)),
+        dict(scheduler=dict(COSINE, type='CosineAnnealingMomentum')),
+    ],
+    ids=str,
+)
+def test_scaled_rates_that_do_not_rise(options, images):
+    assert problems(scaled(images, **options)) == []
+
+
+@pytest.mark.parametrize(
+    'launcher,name',
+    [
+        ('pytorch', 'WORLD_SIZE'),
+        ('slurm', 'SLURM_NTASKS'),
+        ('mpi', 'OMPI_COMM_WORLD_SIZE'),
+    ],
+)
+def test_the_batch_of_all_processes_counts(
+    launcher, name, images, monkeypatch
+):
+    cfg = scaled(images, COSINE, launcher=launcher)
+    monkeypatch.setenv(name, '4')
+    (found,) = problems(cfg)
+    assert 'batch size 8 is 8e-06' in found
+    monkeypatch.setenv(name, '5')
+    assert problems(cfg) == []
+
+
+@pytest.mark.parametrize(
+    'changes,processes,expected',
+    [
+        (dict(batch_size=9), 1, None),
+        (dict(batch_size=10), 1, '9 images and train_dataloader.batch_size'),
+        (dict(batch_size=5), 2, None),  # 10 of 9 images, in two processes
+        (dict(batch_size=6), 2, 'a process has 5 images'),
+        (
+            dict(batch_size=10, sampler=dict(type='RepeatAugSampler')),
+            1,
+            'set drop_last=False or a smaller batch_size',
+        ),
+        (
+            dict(batch_size=10, sampler=dict(type='InfiniteSampler')),
+            1,
+            None,
+        ),
+        (dict(batch_size=10, drop_last=False), 1, None),
+    ],
+    ids=str,
+)
+def test_drop_last_leaves_a_batch(
+    changes, processes, expected, images, monkeypatch
+):
+    if processes > 1:
+        monkeypatch.setenv('WORLD_SIZE', str(processes))
+    cfg = classifier(
+        images,
+        train_dataloader=dict(dict(drop_last=True), **changes),
+        launcher='none' if processes == 1 else 'pytorch',
+    )
+    found = problems(cfg)
+    assert len(found) == (expected is not None)
+    if expected:
+        assert expected in found[0]
+
+
 # -- paths and names are resolved as during the run ---------------------------
 
 

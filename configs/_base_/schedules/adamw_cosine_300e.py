@@ -1,6 +1,8 @@
-# AdamW, learning rate 5e-4 * batch size / 512 (batch size 1024 = 8 x 128),
+# Settings of the official code: AdamW, learning rate 5e-4 * batch size / 512,
 # weight decay 0.05 except for biases and norm layers, 5 epochs of warm-up from
-# 1e-6, cosine annealing to 1e-5 at epoch 300, mixed precision.
+# 1e-6, cosine annealing to 1e-5, 300 epochs, mixed precision. The batch size,
+# 1024 = 8 x 128, is ours. The official code changes the learning rate once per
+# epoch; here it changes in every iteration, see README.md.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',
@@ -18,14 +20,15 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(
         type='LinearLR',
-        start_factor=1e-3,  # starts at 1e-6
+        start_factor=1e-3,  # 1e-6
         by_epoch=True,
         end=5,
         convert_to_iter_based=True,
     ),
     dict(
         type='CosineAnnealingLR',
-        eta_min=1e-5,
+        # 1e-5. A ratio, because --auto-scale-lr scales the learning rate.
+        eta_min_ratio=1e-2,
         by_epoch=True,
         begin=5,
         end=300,

@@ -1,6 +1,7 @@
-# Settings of DINO, 12 epochs: AdamW, learning rate 1e-4 for batch size 16 (8 x
-# 2) and 1e-5 for the backbone, weight decay 1e-4, gradient norm clipped to
-# 0.1, learning rate divided by 10 at epoch 11, mixed precision.
+# Settings of DINO in mmdet, 12 epochs: AdamW, learning rate 1e-4 for batch
+# size 16 (8 x 2) and 1e-5 for the backbone, weight decay 1e-4 for all
+# parameters, gradient norm clipped to 0.1, learning rate divided by 10 at
+# epoch 11. Mixed precision is ours.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',

@@ -1,6 +1,6 @@
 # Semantic FPN settings of PVT: AdamW, learning rate 2e-4, weight decay 1e-4
 # for all parameters, polynomial decay with power 0.9 over 40 000 iterations,
-# batch size 32 (8 x 4), mixed precision.
+# batch size 32 (8 x 4). Mixed precision is ours.
 optim_wrapper = dict(
     type='AutoAmpOptimWrapper',
     loss_scale='dynamic',

@@ -1,4 +1,5 @@
-# As the 160k schedule, with 80 000 iterations and batch size 8 (8 x 1).
+# As the 160k schedule, with 80 000 iterations and batch size 8 (8 x 1). Swin
+# has no recipe for Cityscapes; these two numbers are ours.
 _base_ = './swin_upernet_160k.py'
 
 param_scheduler = [
