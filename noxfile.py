@@ -20,14 +20,15 @@ ROOT = Path(__file__).parent
 TORCHVISION = {'2.4.1': '0.19.1', '2.6.0': '0.21.0', '2.14.1': '0.29.1'}
 # mmcv 2.1.0 imports pkg_resources, which setuptools 81 no longer provides.
 TOOLS = ['setuptools>=75,<81', 'wheel', 'pytest', 'pytest-xdist']
-# The tested set, without PyTorch and OpenMMLab
-OTHERS = [
+TESTED = [
     line
     for line in (ROOT / 'requirements' / 'classification.txt')
     .read_text()
     .splitlines()
-    if '==' in line and not line.startswith(('torch', 'mm'))
+    if '==' in line
 ]
+PYTORCH = [line for line in TESTED if line.startswith('torch')]
+OTHERS = [line for line in TESTED if not line.startswith(('torch', 'mm'))]
 
 
 def run_tests(session: nox.Session) -> None:
@@ -64,13 +65,9 @@ def torch(session: nox.Session, version: str) -> None:
 @nox.session
 def onedl(session: nox.Session) -> None:
     """The maintained builds of OpenMMLab with the tested PyTorch."""
-    session.install(*TOOLS)
-    session.install('-r', 'requirements/classification.txt')
-    session.run('pip', 'uninstall', '--yes', 'mmengine', 'mmpretrain', 'mmcv')
-    session.install(
-        *('onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6'),
-        'onedl-mmpretrain==1.3.6',
-        '--no-build-isolation',
-        env={'MMCV_WITH_OPS': '0'},
-    )
+    session.install(*TOOLS, 'packaging')
+    # Without PyTorch, mmcv is built without its compiled ops.
+    session.install('--no-build-isolation', '--no-deps', 'onedl-mmcv==2.3.6')
+    session.install(*PYTORCH, *OTHERS)
+    session.install('onedl-mmengine==0.10.12', 'onedl-mmpretrain==1.3.6')
     run_tests(session)

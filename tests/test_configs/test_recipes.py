@@ -22,6 +22,9 @@ from mmvvt.preflight import type_name
 
 from conftest import ROOT, build_model, load_tool, photograph
 
+pytest.importorskip('mmseg')
+pytest.importorskip('mmdet')
+
 CONFIGS = sorted(
     path.relative_to(ROOT / 'configs').with_suffix('').as_posix()
     for path in (ROOT / 'configs').rglob('*.py')
