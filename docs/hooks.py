@@ -89,6 +89,27 @@ def point_to_sections(page: str, text: str) -> str:
     return LINK.sub(replace, text)
 
 
+def indent_lists(text: str) -> str:
+    """Indent the contents of list items by four spaces.
+
+    CommonMark, and so code hosts, aligns them with the text of the item.
+    Python-Markdown requires four spaces, and otherwise ends the list.
+    """
+    lines, width, in_code = [], 0, False
+    for line in text.split('\n'):
+        if line.startswith('```'):
+            in_code = not in_code
+        item = None if in_code else re.match(r'(?:[-*]|\d+\.) +', line)
+        if item:
+            width = len(item[0])
+        elif width and line.startswith(' ' * width):
+            line = ' ' * (4 - width) + line
+        elif line.strip():
+            width = 0  # A line that is not indented ends the list.
+        lines.append(line)
+    return '\n'.join(lines)
+
+
 def nav_pages(nav) -> Iterator[str]:
     """Yield the paths in ``nav`` of mkdocs.yml."""
     if isinstance(nav, str):
@@ -156,7 +177,7 @@ def show_file(path: str) -> str:
         return f'{front}\n# {path}\n\n' + '\n'.join(lines)
     text = source.read_text(encoding='utf-8')
     if source.suffix == '.md':
-        return front + text
+        return front + indent_lists(text)
     language = LANGUAGES.get(source.suffix, 'text')
     return f'{front}\n# {path}\n\n````{language}\n{text}````\n'
 
@@ -195,7 +216,11 @@ def on_files(files, config):
     texts = page_texts(config.nav)
     for path, text in texts.items():
         uri = path.removeprefix(f'{DOCS}/').removesuffix('.md')
-        add(path, uri.replace('README', 'index') + '.html', content=text)
+        add(
+            path,
+            uri.replace('README', 'index') + '.html',
+            content=indent_lists(text),
+        )
 
     shown = set(texts) | {file.src_uri for file in moved}
     pending = list(texts.items())

@@ -73,6 +73,15 @@ def test_links_to_sections_lead_to_their_pages():
     )
 
 
+def test_lists_are_indented_for_the_site():
+    text = '1. a\n   b\n\n   ```\n   - c\n   ```\n2. d\n- e\n  - f\n\ng\n  h\n'
+    assert hooks.indent_lists(text) == (
+        '1. a\n    b\n\n    ```\n    - c\n    ```\n2. d\n- e\n    - f\n\ng\n  h\n'
+    )
+    code = '```\n- a\n  b\n```\n  c\n'
+    assert hooks.indent_lists(code) == code
+
+
 @pytest.mark.parametrize('package', PUBLIC)
 def test_public_packages_are_in_the_reference(package):
     """Public names are rendered if they are in __all__ and documented."""
