@@ -74,10 +74,21 @@ def test_links_to_sections_lead_to_their_pages():
 
 
 def test_lists_are_indented_for_the_site():
-    text = '1. a\n   b\n\n   ```\n   - c\n   ```\n2. d\n- e\n  - f\n\ng\n  h\n'
-    assert hooks.indent_lists(text) == (
-        '1. a\n    b\n\n    ```\n    - c\n    ```\n2. d\n- e\n    - f\n\ng\n  h\n'
-    )
+    text = '1. a\n   b\n\n   ```\n   - c\n   ```\n2. d\n- e\n  - f\n\ng\n  h'
+    assert hooks.indent_lists(text).splitlines() == [
+        '1. a',
+        '    b',
+        '',
+        '    ```',
+        '    - c',
+        '    ```',
+        '2. d',
+        '- e',
+        '    - f',
+        '',
+        'g',
+        '  h',
+    ]
     code = '```\n- a\n  b\n```\n  c\n'
     assert hooks.indent_lists(code) == code
 
