@@ -93,6 +93,15 @@ def test_lists_are_indented_for_the_site():
     assert hooks.indent_lists(code) == code
 
 
+@pytest.mark.parametrize('page', sorted(PAGES))
+def test_no_wrapped_line_looks_like_a_list(page):
+    """A line of a list item that begins with '16. ' is a list on the site."""
+    found = re.findall(
+        r'^( +)(?![-*\d]).+\n(\1\d+\. .*)', without_code(PAGES[page]), re.M
+    )
+    assert found == []
+
+
 @pytest.mark.parametrize('package', PUBLIC)
 def test_public_packages_are_in_the_reference(package):
     """Public names are rendered if they are in __all__ and documented."""
