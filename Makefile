@@ -10,7 +10,7 @@ SCENES_CONFIG := configs/demo/vvt-nano_fpn_digit-scenes.py
 BOXES := work_dirs/retinanet_vvt-nano_digit-scenes
 BOXES_CONFIG := configs/demo/retinanet_vvt-nano_digit-scenes.py
 
-.PHONY: help demo demo-seg demo-det test test-fast test-kill fuzz lint compat install clean
+.PHONY: help demo demo-seg demo-det test test-fast test-kill fuzz lint compat docs install clean
 
 help:
 	@echo "make demo      train and test a small VVT on handwritten digits"
@@ -22,8 +22,9 @@ help:
 	@echo "make fuzz      read 10 000 damaged and hostile files, about 3 minutes"
 	@echo "make compat    run the fast tests with other versions of Python and PyTorch"
 	@echo "make lint      check the style and the spelling"
+	@echo "make docs      build the documentation site in site/ and check its links"
 	@echo "make install   install everything and stop there"
-	@echo "make clean     remove .venv and what the demos wrote"
+	@echo "make clean     remove .venv, site and what the demos wrote"
 
 demo:
 	$(PYTHON) requirements/install.py demo
@@ -91,5 +92,12 @@ lint: install
 	$(PY) -m codespell_lib .
 	$(PY) -m mypy
 
+# Warnings are errors. EXTERNAL=1 also fetches the links to other servers.
+docs:
+	$(PYTHON) requirements/install.py docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	$(PY) docs/check_links.py site $(if $(EXTERNAL),--external)
+	@echo "open site/index.html, or for the search: $(PY) -m http.server -d site"
+
 clean:
-	rm -rf .venv data/digits data/digit-scenes $(DIGITS) $(SCENES) $(BOXES)
+	rm -rf .venv site data/digits data/digit-scenes $(DIGITS) $(SCENES) $(BOXES)

@@ -1,5 +1,7 @@
 """Create .venv: `demo` without compiled ops, `full` with all dependencies.
 
+`docs` has only what the documentation site needs, without torch.
+
 An existing environment is checked and reused; a broken or incomplete one is
 removed and created again. The script requires only Python.
 
@@ -34,6 +36,7 @@ MMCV_VERSION = '2.1.0'
 BUILD_TOOLS = ['setuptools>=75,<81', 'wheel', 'ninja', 'psutil']
 REQUIREMENTS = {
     'demo': ROOT / 'requirements' / 'classification.txt',
+    'docs': ROOT / 'requirements' / 'docs.txt',
     'full': ROOT / 'requirements.txt',
 }
 # An environment is ready if all packages can be imported and mmvvt is
@@ -42,12 +45,16 @@ CHECK_CLONE = (
     f'import mmvvt; assert mmvvt.__path__[0] == '
     f'{str(ROOT / "mmvvt")!r}, mmvvt.__path__'
 )
+CHECK_DOCS = 'import mkdocs, material, mkdocstrings, latex2mathml\n'
 CHECKS = {
+    'docs': CHECK_DOCS,
     'demo': 'import torch, torchvision, cv2, sklearn, matplotlib, mmcv\n'
     'import mmpretrain\n' + CHECK_CLONE,
     'full': 'import torch, torchvision, cv2, sklearn, skimage, matplotlib\n'
     'import mmcv.ops, mmpretrain, mmseg, mmdet, pytest\n'
-    'mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)\n' + CHECK_CLONE,
+    'mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)\n'
+    + CHECK_DOCS
+    + CHECK_CLONE,
 }
 HEARTBEAT = 15  # seconds between progress messages of a long step
 
@@ -142,7 +149,7 @@ def installed_kind() -> Optional[str]:
         stamp = json.loads(STAMP.read_text())['fingerprint']
     except (OSError, ValueError, KeyError):
         return None
-    for kind in ('full', 'demo'):
+    for kind in ('full', 'demo', 'docs'):
         if stamp == fingerprint(kind):
             return kind if output_of(CHECKS[kind]) is not None else None
     return None
@@ -219,12 +226,23 @@ def install_mmcv_with_ops() -> None:
     sys.exit(f'error: the compiled ops of mmcv {MMCV_VERSION} do not load')
 
 
+def finish(kind: str) -> None:
+    say('checking that everything imports')
+    if output_of(CHECKS[kind]) is None:
+        subprocess.run(
+            [str(PYTHON), '-c', CHECKS[kind]], cwd=tempfile.gettempdir()
+        )
+        sys.exit('error: the environment does not import, see above')
+    STAMP.write_text(json.dumps({'fingerprint': fingerprint(kind)}))
+    say('.venv is ready')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('kind', choices=['demo', 'full'])
+    parser.add_argument('kind', choices=['demo', 'full', 'docs'])
     kind = parser.parse_args().kind
     if sys.version_info < (3, 10):
         sys.exit(
@@ -240,6 +258,14 @@ def main() -> None:
     if present is None:
         make_venv()
     STAMP.unlink(missing_ok=True)
+
+    if kind == 'docs':
+        requirements = str(REQUIREMENTS['docs'])
+        pip(
+            'installing the documentation tools', 'install', '-r', requirements
+        )
+        finish(kind)
+        return
 
     # Install torch separately: it is the largest download.
     torch_lines = [
@@ -275,15 +301,7 @@ def main() -> None:
         '--editable',
         '.',
     )
-
-    say('checking that everything imports')
-    if output_of(CHECKS[kind]) is None:
-        subprocess.run(
-            [str(PYTHON), '-c', CHECKS[kind]], cwd=tempfile.gettempdir()
-        )
-        sys.exit('error: the environment does not import, see above')
-    STAMP.write_text(json.dumps({'fingerprint': fingerprint(kind)}))
-    say('.venv is ready')
+    finish(kind)
 
 
 if __name__ == '__main__':

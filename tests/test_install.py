@@ -20,6 +20,7 @@ def install(tmp_path, monkeypatch):
         'requirements/install.py',
         'requirements.txt',
         'requirements/classification.txt',
+        'requirements/docs.txt',
         'setup.py',
         'setup.cfg',
     ):
@@ -32,7 +33,11 @@ def install(tmp_path, monkeypatch):
     # an environment without packages, and checks that succeed in it
     (tmp_path / '.venv' / 'bin').mkdir(parents=True)
     module.PYTHON = Path(sys.executable)
-    module.CHECKS = {'demo': 'import json', 'full': 'import json, csv'}
+    module.CHECKS = {
+        'demo': 'import json',
+        'full': 'import json, csv',
+        'docs': 'import html',
+    }
     return module
 
 
@@ -42,7 +47,7 @@ def stamp(module, kind):
     )
 
 
-@pytest.mark.parametrize('kind', ['demo', 'full'])
+@pytest.mark.parametrize('kind', ['demo', 'full', 'docs'])
 def test_a_finished_environment_is_reused(install, kind):
     stamp(install, kind)
     assert install.installed_kind() == kind
@@ -68,6 +73,7 @@ def test_a_broken_one_is_not(install):
     [
         'requirements.txt',
         'requirements/classification.txt',
+        'requirements/docs.txt',
         'setup.py',
         'setup.cfg',
     ],
@@ -111,6 +117,18 @@ def test_demo_grows_into_full(install, monkeypatch):
     assert 'mmcv with ops' in steps
     assert not any('mmcv-lite' in step for step in steps)
     assert install.installed_kind() == 'full'
+
+
+def test_docs_need_no_torch(install, monkeypatch):
+    stamp(install, 'docs')
+    assert run_main(install, monkeypatch, 'docs') == []
+    # The full environment can also build the site.
+    stamp(install, 'full')
+    assert run_main(install, monkeypatch, 'docs') == []
+    stamp(install, 'demo')
+    steps = run_main(install, monkeypatch, 'docs')
+    assert len(steps) == 1 and 'requirements/docs.txt' in steps[0]
+    assert install.installed_kind() == 'docs'
 
 
 def test_broken_is_removed_and_made_anew(install, monkeypatch):
@@ -206,4 +224,4 @@ def test_needs_a_kind():
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "'demo', 'full'" in done.stderr
+    assert done.returncode == 2 and "'demo', 'full', 'docs'" in done.stderr

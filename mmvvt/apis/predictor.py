@@ -267,7 +267,7 @@ class Predictor:
     dataset of the config are used, and otherwise ``class 0``, ``class 1``
     and so on.
 
-    Example:
+    Examples:
         >>> from mmvvt.apis import Predictor
         >>> predictor = Predictor(
         ...     'configs/demo/vvt-nano_digits.py',

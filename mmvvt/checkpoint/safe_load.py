@@ -16,10 +16,10 @@ from mmengine.utils import digit_version
 from ..errors import CheckpointError, UserError
 from ..fileio import atomic_write
 
-# Whether torch.load can read runner checkpoints with weights_only=True.
 READS_RUNNER_CHECKPOINTS = digit_version(torch.__version__) >= digit_version(
     '2.6'
 )
+"""Whether torch.load can read runner checkpoints with weights_only=True."""
 
 # Replacements for the classes and functions that a runner checkpoint refers
 # to. A file may call them with arbitrary arguments, so each checks its

@@ -161,9 +161,7 @@ class SafeCheckpointHook(CheckpointHook):
     written to memory and read back as ``--resume`` and ``tools/test.py`` will
     do.
 
-    Args:
-        *args: Arguments of mmengine's ``CheckpointHook``.
-        **kwargs: Keyword arguments of mmengine's ``CheckpointHook``.
+    The arguments are those of mmengine's ``CheckpointHook``.
     """
 
     _is_checking = False

@@ -42,9 +42,8 @@ class DumpPredictions(DumpResults):
     converts masks to COCO's run-length encoding (RLE). It keeps the ground
     truth.
 
-    Args:
-        out_file_path (str): Output file; its name ends with ``.pkl``.
-        **kwargs: Arguments of mmengine's ``DumpResults``.
+    The arguments are those of ``DumpResults``, such as ``out_file_path``, the
+    output file, whose name ends with ``.pkl``.
 
     Raises:
         ValueError: If the name of the file does not end with ``.pkl``.

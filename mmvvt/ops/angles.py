@@ -15,6 +15,7 @@ from .autograd import is_transformed
 # channels.
 NUM_FACTORS = {'sum': 4, 'product': 4, '1d': 2, 'none': 1}
 LOCALITIES = tuple(NUM_FACTORS)
+"""Names of the localities of the attention."""
 
 # A table has (h + w) * 2 elements, or h * w * n elements. Large grids with
 # locality 'sum' only use the smaller one. Multi-scale training uses a few

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import BackendError, UserError
 
 BACKENDS = ('auto', 'reference', 'torch', 'triton')
+"""Names of the backends of an operator."""
 
 DEFAULT_BACKEND = os.environ.get('MMVVT_BACKEND', 'auto')
 if DEFAULT_BACKEND not in BACKENDS:

@@ -19,6 +19,8 @@ INSTALL_HINTS = {
     'mmseg': "pip install 'mmvvt[segmentation]'",
     'mmdet': "pip install 'mmvvt[detection]', and mmcv with its compiled ops",
 }
+"""How to install each package of OpenMMLab."""
+
 # The newest versions that the original builds of OpenMMLab accept
 NEWEST_VERSIONS = {'mmcv': '2.1.0', 'mmengine': '0.10.7'}
 
