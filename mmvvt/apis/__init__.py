@@ -4,6 +4,7 @@ Importing it adds the classifiers to the models of mmpretrain, so that
 ``mmpretrain.get_model`` and the inferencers of mmpretrain find them by name.
 """
 
+from .attention import AttentionMaps, attention_maps
 from .dry_run import dry_run
 from .export import ExportResult, export_model
 from .memory import keep_freed_memory
@@ -13,8 +14,10 @@ from .predictor import Predictor, choose_device, find_images
 register_with_mmpretrain()
 
 __all__ = [
+    'AttentionMaps',
     'ExportResult',
     'Predictor',
+    'attention_maps',
     'choose_device',
     'dry_run',
     'export_model',
