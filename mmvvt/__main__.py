@@ -20,6 +20,7 @@ COMMANDS = {
     'infer': 'infer.py',
     'export': 'export.py',
     'convert': 'model_converters/official_to_mmvvt.py',
+    'inflate-input': 'model_converters/inflate_input.py',
     'list': 'list_models.py',
     'get-flops': 'analysis_tools/get_flops.py',
     'benchmark': 'analysis_tools/benchmark.py',
@@ -27,6 +28,7 @@ COMMANDS = {
     'training-step': 'analysis_tools/training_step.py',
     'check-gpu': 'analysis_tools/check_gpu.py',
     'kernel-table': 'analysis_tools/kernel_table.py',
+    'vis-attention': 'analysis_tools/vis_attention.py',
     'report-classification': 'analysis_tools/report_classification.py',
     'report-segmentation': 'analysis_tools/report_segmentation.py',
     'report-detection': 'analysis_tools/report_detection.py',
@@ -37,9 +39,9 @@ usage: python -m mmvvt COMMAND [ARGUMENTS]
 commands:
 {commands}
 
-python -m mmvvt COMMAND --help describes the arguments of a command. A config is
-the path of a file, a name printed by the command list, or mmvvt::PATH, such as
-mmvvt::classification/vvt-tiny_8xb128_in1k.py."""
+python -m mmvvt COMMAND --help describes the arguments of a command. A config
+is the path of a file, a name printed by the command list, or mmvvt::PATH, such
+as mmvvt::classification/vvt-tiny_8xb128_in1k.py."""
 
 
 def tool_path(command: str) -> Path:
@@ -48,7 +50,7 @@ def tool_path(command: str) -> Path:
 
 
 def usage() -> str:
-    """Return the list of commands, with the first lines of their docstrings."""
+    """Return the list of commands and the first lines of their docstrings."""
     width = max(map(len, COMMANDS))
     lines = []
     for command in COMMANDS:
