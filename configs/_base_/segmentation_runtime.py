@@ -8,9 +8,6 @@ default_hooks = dict(
 )
 log_processor = dict(by_epoch=False)
 visualizer = dict(
-    type='SegLocalVisualizer',
-    # browse_dataset.py of mmseg and mmdet needs a name.
-    name='visualizer',
-    vis_backends={{_base_.vis_backends}},
+    type='SegLocalVisualizer', vis_backends={{_base_.vis_backends}}
 )
 tta_model = dict(type='SegTTAModel')

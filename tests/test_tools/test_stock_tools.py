@@ -537,6 +537,7 @@ def test_segmentation_browse_dataset(mmseg_tools, scenes_root, tmp_path):
         out,
         '--not-show',
         '--cfg-options',
+        'visualizer.name=browse',
         *roots(root),
     )
     if code:  # mmseg 1.2.2 with OpenCV 4.13, for any data set
@@ -650,6 +651,7 @@ def test_detection_browse_dataset(mmdet_tools, boxes, tmp_path):
         tmp_path,
         '--not-show',
         *boxes,
+        'visualizer.name=browse',
     )
     pictures = list(tmp_path.iterdir())
     assert len(pictures) == 2
