@@ -54,13 +54,12 @@ def layer_scales(model: nn.Module, decay_rate: float) -> Dict[str, float]:
         for name, _ in model.named_parameters():
             scales[name] = 1.0
             prefix = next((p for p in prefixes if name.startswith(p)), None)
-            if prefix is not None:
-                # mmpretrain's models have no second argument.
-                prefix_args = [prefix] if prefix else []
-                depth, number = backbones[prefix].get_layer_depth(
-                    name, *prefix_args
-                )
-                scales[name] = decay_rate ** (number - depth - 1)
+            if prefix is None:
+                continue
+            # Models of mmpretrain take no prefix.
+            arguments = (name, prefix) if prefix else (name,)
+            depth, number = backbones[prefix].get_layer_depth(*arguments)
+            scales[name] = decay_rate ** (number - depth - 1)
     except NotImplementedError:  # raised by backbones of mmpretrain
         backbones = {}
     if not backbones:
@@ -158,7 +157,7 @@ class MergedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         names = {p: name for name, p in model.named_parameters()}
         for group in params:
             scale = scales[names[group['params'][0]]]
-            group['lr'] = group.get('lr', self.base_lr) * scale
+            group['lr'] = group.get('lr', self.optimizer_cfg['lr']) * scale
         if params:
             rates = [group['lr'] for group in params]
             print_log(
