@@ -13,6 +13,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
 from ..checkpoint import (
+    CONVERT,
     CONVERTER,
     READS_RUNNER_CHECKPOINTS,
     load_checkpoint_file,
@@ -149,7 +150,8 @@ def _check_backbone(
     if not found:
         official = any('patch_embed1.' in key for key in state)
         hint = (
-            f'if it is an official checkpoint, convert it with {CONVERTER}'
+            'if it is an official checkpoint, convert it with '
+            f'{CONVERT} ({CONVERTER})'
             if official or not state
             else f'it has the keys {", ".join(list(state)[:3])}, ...'
         )

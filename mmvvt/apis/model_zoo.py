@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..preflight import build_model, class_names, read_config, type_name
-from ..shipped import shipped_configs, shipped_folder
+from ..shipped import shipped_folder
 from ..visualization.predictions import distinct_colour
 from .loading import load_pretrained
 
@@ -36,10 +36,9 @@ class ModelInfo(NamedTuple):
     """What a metafile says about a model.
 
     Attributes:
-        name (str): Name of the model, that of its config file.
+        name (str): Name of the model and of its config file.
         config (Path): Path of the config file.
-        task (str): 'classification', 'segmentation' or 'detection'; '' if no
-            metafile lists the model.
+        task (str): 'classification', 'segmentation' or 'detection'.
         weights (str | None): Address of published weights.
     """
 
@@ -51,19 +50,18 @@ class ModelInfo(NamedTuple):
 
 @lru_cache(maxsize=None)
 def _read_models() -> Dict[str, ModelInfo]:
-    """Read the models of the package from its configs and metafiles."""
+    """Read the models of the package from its metafiles."""
     root = shipped_folder()
-    metadata: Dict[Path, dict] = {}
-    for metafile in load(root / 'model-index.yml')['Import']:
-        for model in load(root / metafile)['Models']:
-            metadata[root / model['Config']] = model
-    models = {}
-    for name, config in shipped_configs().items():
-        model = metadata.get(config, {})
-        results = model.get('Results') or [{}]
-        task = TASKS.get(results[0].get('Task'), '')
-        models[name] = ModelInfo(name, config, task, model.get('Weights'))
-    return models
+    return {
+        model['Name']: ModelInfo(
+            model['Name'],
+            root / model['Config'],
+            TASKS[model['Results'][0]['Task']],
+            model.get('Weights'),
+        )
+        for metafile in load(root / 'model-index.yml')['Import']
+        for model in load(root / metafile)['Models']
+    }
 
 
 def list_models(
@@ -162,8 +160,8 @@ def get_model(
         if info.weights is None:
             raise UserError(
                 f'there are no published weights of {info.name}: train it with'
-                f' tools/train.py {info.config}, and give the path of the '
-                'checkpoint as pretrained'
+                f' python -m mmvvt train {info.name}, and give the path of the'
+                ' checkpoint as pretrained'
             )
         pretrained = info.weights
     elif pretrained is not None and not isinstance(pretrained, (str, Path)):

@@ -8,7 +8,7 @@ from .convert import (
     official_shapes,
 )
 from .predictions import load_predictions
-from .published import CONVERTER, SCHEME, find_weights, weight_folders
+from .published import CONVERT, CONVERTER, find_weights, weight_folders
 from .resume import check_resumable, find_resumable
 from .safe_load import (
     READS_RUNNER_CHECKPOINTS,
@@ -19,9 +19,9 @@ from .safe_load import (
 )
 
 __all__ = [
+    'CONVERT',
     'CONVERTER',
     'READS_RUNNER_CHECKPOINTS',
-    'SCHEME',
     'CheckpointError',
     'check_resumable',
     'convert_official',

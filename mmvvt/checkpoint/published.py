@@ -21,6 +21,7 @@ SCHEME = 'mmvvt://'
 OFFICIAL_REPOSITORY = (
     'https://github.com/OpenNLPLab/Vicinity-Vision-Transformer'
 )
+CONVERT = 'python -m mmvvt convert'
 CONVERTER = 'tools/model_converters/official_to_mmvvt.py'
 # Architecture by name of the converted file
 PUBLISHED: Dict[str, str] = {
@@ -69,7 +70,8 @@ def find_weights(url: str) -> str:
     raise CheckpointError(
         f'{name} is neither in {folders[0]}/ nor in {folders[1]}/: download '
         f'the official file, which {OFFICIAL_REPOSITORY} links to, and '
-        f'convert it with python {CONVERTER} FILE {folders[0]}/{name}'
+        f'convert it: {CONVERT} FILE {folders[0]}/{name}, which runs '
+        f'{CONVERTER}'
     )
 
 
@@ -95,6 +97,6 @@ def load_from_mmvvt(filename: str, map_location: Any = None) -> dict:
         convert_to_official(checkpoint, PUBLISHED[filename[len(SCHEME) :]])
     except CheckpointError as error:
         raise CheckpointError(
-            f'{path} is not a file converted by {CONVERTER}: {error}'
+            f'{path} was not converted with {CONVERT} ({CONVERTER}): {error}'
         ) from error
     return checkpoint

@@ -54,10 +54,14 @@ def read_config(
             cfg.merge_from_dict(options)
         scope = cfg.get('default_scope', 'mmengine') or _package_of(cfg)
         import_module(scope)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        missing = _missing_module(error)
+        if missing is None:
+            raise
+        package = scope or missing.partition('.')[0]
         raise UserError(
-            f'{path} needs the package {error.name}, which is not installed: '
-            f'{INSTALL_HINTS.get(scope or "", "see README.md")}'
+            f'{path} needs the package {missing}, which is not installed: '
+            f'{INSTALL_HINTS.get(package, "see README.md")}'
         ) from error
     except AssertionError as error:
         explained = _explain_version_check(error, path, scope)
@@ -66,6 +70,19 @@ def read_config(
         raise explained from error
     init_default_scope(scope)
     return cfg
+
+
+def _missing_module(error: BaseException) -> Optional[str]:
+    """Return the name of the module that is not installed, if any.
+
+    mmengine raises other errors for ``custom_imports`` that fail.
+    """
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError):
+            return cause.name
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _explain_version_check(
