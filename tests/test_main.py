@@ -44,7 +44,7 @@ def test_help_of_a_command(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     'command,similar',
-    [('trian', 'train'), ('benchmrak', 'benchmark'), ('/etc', None)],
+    [('traim', 'train'), ('benchmrak', 'benchmark'), ('/etc', None)],
 )
 def test_unknown_command(command, similar, monkeypatch):
     with pytest.raises(UserError) as caught:
@@ -59,7 +59,7 @@ def test_unknown_command(command, similar, monkeypatch):
     'arguments,code',
     [
         (['train', 'no.py'], 'error: no such config file: no.py'),
-        (['trian'], 'error: no such command: trian; similar commands: train;'),
+        (['traim'], 'error: no such command: traim; similar commands: train;'),
         (['test'], 2),
         (['infer', '--no-such-option'], 2),
     ],
