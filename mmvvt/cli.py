@@ -108,7 +108,7 @@ def load_config(args: Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        name = os.path.splitext(os.path.basename(args.config))[0]
+        name = os.path.splitext(os.path.basename(cfg.filename))[0]
         cfg.work_dir = os.path.join('work_dirs', name)
     cfg.launcher = args.launcher
     return cfg

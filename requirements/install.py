@@ -137,7 +137,8 @@ def output_of(code: str) -> Optional[str]:
 def fingerprint(kind: str) -> str:
     """Hash of the requirements, this script and the Python version."""
     digest = hashlib.sha256(sys.version.encode())
-    for path in (Path(__file__), *REQUIREMENTS.values(), ROOT / 'setup.cfg'):
+    setup = (ROOT / 'setup.py', ROOT / 'setup.cfg')
+    for path in (Path(__file__), *REQUIREMENTS.values(), *setup):
         digest.update(path.read_bytes())
     return f'{kind}-{digest.hexdigest()[:16]}'
 

@@ -21,6 +21,7 @@ def install(tmp_path, monkeypatch):
         'requirements.txt',
         'requirements/classification.txt',
         'requirements/docs.txt',
+        'setup.py',
         'setup.cfg',
     ):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -71,9 +72,10 @@ def test_a_broken_one_is_not(install):
     'name',
     [
         'requirements.txt',
-        'setup.cfg',
         'requirements/classification.txt',
         'requirements/docs.txt',
+        'setup.py',
+        'setup.cfg',
     ],
 )
 def test_changed_requirements_make_a_new_one(install, name):

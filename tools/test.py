@@ -88,7 +88,7 @@ def merge_arguments(cfg, args):
 def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
-    check_testing(cfg, args.checkpoint)
+    notes = check_testing(cfg, args.checkpoint)
     guard_pipelines(cfg, ['test_dataloader'])
     init_processes(cfg, args)
     keep_freed_memory()
@@ -96,9 +96,11 @@ def main():
         with TemporaryDirectory() as folder:  # a dry run leaves no files
             cfg.work_dir = folder
             lines = dry_run(Runner.from_cfg(cfg), training=False)
-        print('no problems were found', *lines, sep='\n')
+        print('no problems were found', *notes, *lines, sep='\n')
         return
     runner = Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.warning(note)
     if args.out and args.out.endswith('.pkl'):
         runner.test_evaluator.metrics.append(
             DumpPredictions(out_file_path=args.out)

@@ -25,6 +25,11 @@ from mmvvt.preflight import (
     type_name,
 )
 
+LOAD_FROM = (
+    '; set --cfg-options load_from=PATH, or load_from=None to start from '
+    'random weights'
+)
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -90,7 +95,8 @@ def merge_arguments(cfg, args):
     if cfg.get('load_from') and '://' not in cfg.load_from:
         path = os.path.expanduser(cfg.load_from)
         if not os.path.isfile(path):
-            raise UserError(f'no such checkpoint file: {cfg.load_from}')
+            hint = '' if cfg.get('resume') else LOAD_FROM
+            raise UserError(f'no such checkpoint file: {cfg.load_from}{hint}')
         if READS_RUNNER_CHECKPOINTS:
             (check_resumable if cfg.get('resume') else load_checkpoint_file)(
                 path
@@ -138,8 +144,10 @@ def name_unreadable_files(cfg, skip):
     guard_pipelines(cfg, loaders, skip, log_file)
 
 
-def train(cfg):
+def train(cfg, notes):
     runner = Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.warning(note)
     try:
         runner.train()
     except (RuntimeError, ValueError) as error:
@@ -152,7 +160,7 @@ def train(cfg):
 def main():
     args = parse_args()
     cfg = merge_arguments(load_config(args), args)
-    check_training(cfg)
+    notes = check_training(cfg)
     name_unreadable_files(cfg, args.skip_unreadable and not args.dry_run)
     init_processes(cfg, args)
     keep_freed_memory()
@@ -160,9 +168,9 @@ def main():
         with TemporaryDirectory() as folder:  # a dry run leaves no files
             cfg.work_dir = folder
             lines = dry_run(Runner.from_cfg(cfg), training=True)
-        print('no problems were found', *lines, sep='\n')
+        print('no problems were found', *notes, *lines, sep='\n')
         return
-    train(cfg)
+    train(cfg, notes)
 
 
 if __name__ == '__main__':

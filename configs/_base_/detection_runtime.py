@@ -7,5 +7,8 @@ default_hooks = dict(
     visualization=dict(type='DetVisualizationHook'),
 )
 visualizer = dict(
-    type='DetLocalVisualizer', vis_backends={{_base_.vis_backends}}
+    type='DetLocalVisualizer',
+    # browse_dataset.py of mmseg and mmdet needs a name.
+    name='visualizer',
+    vis_backends={{_base_.vis_backends}},
 )

@@ -8,6 +8,9 @@ default_hooks = dict(
 )
 log_processor = dict(by_epoch=False)
 visualizer = dict(
-    type='SegLocalVisualizer', vis_backends={{_base_.vis_backends}}
+    type='SegLocalVisualizer',
+    # browse_dataset.py of mmseg and mmdet needs a name.
+    name='visualizer',
+    vis_backends={{_base_.vis_backends}},
 )
 tta_model = dict(type='SegTTAModel')

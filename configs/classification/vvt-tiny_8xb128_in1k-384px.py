@@ -1,6 +1,6 @@
 # VVT-tiny fine-tuned at 384 x 384 from the checkpoint trained at 224 x 224,
-# set with --cfg-options load_from=PATH. The paper reports the result but not
-# the settings, so these are our own.
+# which must be converted. Use another file with --cfg-options load_from=PATH.
+# The paper reports the result but not the settings, so these are our own.
 _base_ = [
     '../_base_/models/vvt_classifier.py',
     '../_base_/datasets/imagenet_vvt_384.py',
@@ -9,3 +9,4 @@ _base_ = [
 ]
 
 model = dict(backbone=dict(arch='tiny', drop_path_rate=0.1))
+load_from = 'pretrained/vvt-tiny_in1k.pth'

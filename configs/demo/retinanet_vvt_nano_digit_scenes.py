@@ -173,4 +173,6 @@ log_processor = dict(by_epoch=False)
 
 default_hooks.checkpoint.update(by_epoch=False, interval=1400)
 default_hooks.update(visualization=dict(type=DetVisualizationHook))
-visualizer = dict(type=DetLocalVisualizer, vis_backends=vis_backends)
+visualizer = dict(
+    type=DetLocalVisualizer, name='visualizer', vis_backends=vis_backends
+)

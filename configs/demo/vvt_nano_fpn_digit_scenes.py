@@ -121,4 +121,6 @@ log_processor = dict(by_epoch=False)
 
 default_hooks.checkpoint.update(by_epoch=False, interval=2400)
 default_hooks.update(visualization=dict(type=SegVisualizationHook))
-visualizer = dict(type=SegLocalVisualizer, vis_backends=vis_backends)
+visualizer = dict(
+    type=SegLocalVisualizer, name='visualizer', vis_backends=vis_backends
+)

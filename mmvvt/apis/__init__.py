@@ -1,16 +1,28 @@
-"""Public Python API for inference and export."""
+"""Public Python API: models by name, inference and export.
 
+Importing it adds the classifiers to the models of mmpretrain, so that
+``mmpretrain.get_model`` and the inferencers of mmpretrain find them by name.
+"""
+
+from .attention import AttentionMaps, attention_maps
 from .dry_run import dry_run
 from .export import ExportResult, export_model
 from .memory import keep_freed_memory
+from .model_zoo import get_model, list_models, register_with_mmpretrain
 from .predictor import Predictor, choose_device, find_images
 
+register_with_mmpretrain()
+
 __all__ = [
+    'AttentionMaps',
     'ExportResult',
     'Predictor',
+    'attention_maps',
     'choose_device',
     'dry_run',
     'export_model',
     'find_images',
+    'get_model',
     'keep_freed_memory',
+    'list_models',
 ]

@@ -1,15 +1,25 @@
 """Build the model of a config and load a checkpoint."""
 
 import os
+import pickle
+import re
 import warnings
-from typing import Any, Tuple
+from typing import Any, Dict, List, Tuple
 
-import torch.nn as nn
+import torch
 from mmengine.config import Config
-from mmengine.runner import load_checkpoint
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from torch import nn
 
-from ..errors import UserError
-from ..preflight import build_model, check_checkpoint
+from ..checkpoint import (
+    CONVERT,
+    CONVERTER,
+    READS_RUNNER_CHECKPOINTS,
+    load_checkpoint_file,
+)
+from ..errors import CheckpointError, UserError
+from ..preflight import build_model, check_checkpoint, check_frozen_weights
 
 
 def load_model(cfg: Config, checkpoint: str) -> Tuple[nn.Module, dict]:
@@ -30,6 +40,7 @@ def load_model(cfg: Config, checkpoint: str) -> Tuple[nn.Module, dict]:
     checkpoint = os.path.expanduser(checkpoint)
     if not os.path.isfile(checkpoint) and '://' not in checkpoint:
         raise UserError(f'no such checkpoint file: {checkpoint}')
+    check_frozen_weights(cfg)
     with warnings.catch_warnings():
         # Losses warn about settings that matter in training only.
         warnings.simplefilter('ignore')
@@ -39,3 +50,147 @@ def load_model(cfg: Config, checkpoint: str) -> Tuple[nn.Module, dict]:
         model, checkpoint, map_location='cpu', logger='silent'
     )
     return model, loaded.get('meta') or {}
+
+
+def load_pretrained(model: nn.Module, checkpoint: str) -> dict:
+    """Load the parts of a checkpoint that fit a model.
+
+    The backbone must fit completely. Other parts of the model, such as neck
+    and head, keep their weights if the checkpoint does not have them or has
+    them for another architecture. If only the number of outputs of a layer is
+    different, for example because of another number of classes, this layer
+    keeps its weights and the rest of the part is loaded. The log contains one
+    line if not everything is loaded.
+
+    Args:
+        model (nn.Module): Initialised model; modified in place.
+        checkpoint (str): Path or URL of a checkpoint.
+
+    Returns:
+        dict: The metadata of the checkpoint, empty if there is none.
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist, cannot be read or
+            does not contain the backbone of the model.
+    """
+    name = os.path.basename(checkpoint)
+    loaded = _read_checkpoint(checkpoint)
+    state = {
+        re.sub(r'^module\.', '', str(key)): tensor
+        for key, tensor in loaded.get('state_dict', loaded).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    _check_backbone(model, state, checkpoint)
+    wanted = model.state_dict()
+    weights: Dict[str, torch.Tensor] = {}
+    fresh: List[str] = []  # parts and layers that keep their weights
+    for part in dict.fromkeys(key.partition('.')[0] for key in wanted):
+        keys = [key for key in wanted if key.partition('.')[0] == part]
+        missing = [
+            key
+            for key in keys
+            if key not in state and not key.endswith('num_batches_tracked')
+        ]
+        given = [key for key in keys if key in state]
+        other = [k for k in given if state[k].shape != wanted[k].shape]
+        if not given:
+            fresh.append(f'{part} (not in the checkpoint)')
+        elif missing or not all(
+            _differs_in_outputs(state[key], wanted[key]) for key in other
+        ):
+            fresh.append(f'{part} (has another architecture)')
+        else:
+            fresh += _describe_layers(other, state, wanted)
+            weights.update((k, state[k]) for k in given if k not in other)
+    model.load_state_dict(weights, strict=False)
+    if fresh:
+        print_log(
+            f'loaded {name} except for the newly initialised '
+            f'{", ".join(fresh)}',
+            'current',
+        )
+    return loaded.get('meta') or {}
+
+
+def _read_checkpoint(checkpoint: str) -> dict:
+    """Read a checkpoint from a path or URL, with tensors on the CPU."""
+    checkpoint = os.path.expanduser(checkpoint)
+    if '://' not in checkpoint:
+        if READS_RUNNER_CHECKPOINTS or not os.path.isfile(checkpoint):
+            return load_checkpoint_file(checkpoint)
+        return CheckpointLoader.load_checkpoint(checkpoint, 'cpu', 'silent')
+    try:
+        if re.match('https?://', checkpoint):
+            # Unlike mmengine, execute no code from the file.
+            return torch.hub.load_state_dict_from_url(
+                checkpoint,
+                map_location='cpu',
+                weights_only=READS_RUNNER_CHECKPOINTS,
+            )
+        return CheckpointLoader.load_checkpoint(checkpoint, 'cpu', 'silent')
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f'cannot load {checkpoint}: {str(error).splitlines()[0]}'
+        ) from error
+
+
+def _check_backbone(
+    model: nn.Module, state: Dict[str, torch.Tensor], path: str
+) -> None:
+    """Raise CheckpointError if the state is not that of the backbone."""
+    wanted = {
+        key: tuple(tensor.shape)
+        for key, tensor in model.state_dict().items()
+        if key.startswith('backbone.')
+    }
+    found = {
+        key: tuple(tensor.shape)
+        for key, tensor in state.items()
+        if key.startswith('backbone.')
+    }
+    if not found:
+        official = any('patch_embed1.' in key for key in state)
+        hint = (
+            'if it is an official checkpoint, convert it with '
+            f'{CONVERT} ({CONVERTER})'
+            if official or not state
+            else f'it has the keys {", ".join(list(state)[:3])}, ...'
+        )
+        raise CheckpointError(
+            f'{path} fits no part of the model: no key starts with backbone.; '
+            f'{hint}'
+        )
+    wrong = [key for key in {**wanted, **found} if key not in wanted]
+    wrong += [key for key in wanted if wanted[key] != found.get(key)]
+    if wrong:
+        key = wrong[0]
+        raise CheckpointError(
+            f'{path} is for another backbone: {len(wrong)} tensors differ; '
+            f'for example, {key} has shape {found.get(key, "none")} in the '
+            f'checkpoint and {wanted.get(key, "none")} in the model'
+        )
+
+
+def _differs_in_outputs(given: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether two tensors differ in the size of the first axis at most."""
+    return (
+        given.dim() == wanted.dim() > 0 and given[0].shape == wanted[0].shape
+    )
+
+
+def _describe_layers(
+    keys: List[str],
+    state: Dict[str, torch.Tensor],
+    wanted: Dict[str, torch.Tensor],
+) -> List[str]:
+    """Describe the layers of tensors of another size, one entry for several.
+
+    Layers that differ only in their index, such as those of the stages of a
+    cascade, have one entry.
+    """
+    layers = {}
+    for key in keys:
+        layer = key.rpartition('.')[0] or key  # a parameter of the model
+        layer = re.sub(r'\.\d+(?=\.|$)', '.*', layer)
+        layers[layer] = f'{len(wanted[key])} instead of {len(state[key])}'
+    return [f'{layer} ({sizes})' for layer, sizes in layers.items()]

@@ -105,6 +105,7 @@ class TestPipeline:
         self.rgb = not to_rgb and not any(
             isinstance(t, LoadImageFromFile) for t in loaders
         )
+        self.network_sees_rgb = bool(to_rgb) or self.rgb
         self.to_float32 = any(getattr(t, 'to_float32', False) for t in loaders)
 
     def __call__(

@@ -403,6 +403,9 @@ class DigitScenes(BaseDataset):
     """
 
     METAINFO = dict(classes=CLASSES, palette=PALETTE)
+    # Attributes of mmseg's datasets, which its confusion_matrix.py reads
+    ignore_index = 255
+    reduce_zero_label = False
 
     def __init__(
         self, data_root: str, split: str, download: bool = True, **kwargs
@@ -433,7 +436,7 @@ class DigitScenes(BaseDataset):
                 img_path=os.path.join(images, name),
                 seg_map_path=os.path.join(annotations, name),
                 label_map=None,
-                reduce_zero_label=False,
+                reduce_zero_label=self.reduce_zero_label,
                 seg_fields=[],
             )
             for name in sorted(os.listdir(images))

@@ -1,6 +1,7 @@
 """Vicinity Vision Transformer (VVT), a backbone with four stages."""
 
 import math
+import re
 import warnings
 from typing import Optional, Sequence, Tuple, Union
 
@@ -180,6 +181,8 @@ class VVT(BaseModule):
             ``eps``, ``se_ratio`` and ``backend``. Defaults to an empty dict.
         init_cfg (dict | list[dict], optional): Initialisation config. Defaults
             to None, the initialisation of the official code.
+        pretrained (None): Not supported: weights are loaded with
+            ``init_cfg``. Only None is allowed. Defaults to None.
 
     Raises:
         UserError: If an argument is invalid.
@@ -187,6 +190,9 @@ class VVT(BaseModule):
     """
 
     arch_settings = ARCH_SETTINGS
+    # Tools that visualize token sequences as maps remove this number of class
+    # or distillation tokens first.
+    num_extra_tokens = 0
 
     def __init__(
         self,
@@ -199,8 +205,16 @@ class VVT(BaseModule):
         with_cp: bool = False,
         attn_cfg: dict = dict(),
         init_cfg: Optional[Union[dict, list]] = None,
+        pretrained: None = None,
     ):
         super().__init__(init_cfg)
+        if pretrained is not None:
+            raise UserError(
+                f'VVT does not support pretrained={pretrained!r}; to load '
+                "weights, use init_cfg=dict(type='Pretrained', "
+                "checkpoint='FILE_OR_URL', prefix='backbone.'), without the "
+                'prefix if the keys of the file have none'
+            )
         settings = resolve_arch(arch)
         self.embed_dims = settings['embed_dims']
         self.in_channels = in_channels
@@ -218,7 +232,7 @@ class VVT(BaseModule):
             if not 0.0 <= rate < 1.0:
                 raise UserError(f'{name} must be in [0, 1), got {rate!r}')
 
-        depths = settings['depths']
+        self.depths = depths = settings['depths']
         drop_path_rates = np.linspace(0, drop_path_rate, sum(depths)).tolist()
         for i, dims in enumerate(self.embed_dims):
             first = i == 0
@@ -319,6 +333,47 @@ class VVT(BaseModule):
         super().train(mode)
         self._freeze_stages()
         return self
+
+    def get_layer_depth(
+        self, param_name: str, prefix: str = ''
+    ) -> Tuple[int, int]:
+        """Return the depth of a parameter, for layer-wise learning rates.
+
+        With L blocks in all stages, the depths are:
+
+        - 0: the first patch embedding.
+        - 1 to L: the blocks. The norm of a stage and the patch embedding of
+          the next one have the depth of the block before them, like the
+          patch merging of mmpretrain's Swin Transformer.
+        - L + 1: the norm of the last stage, and all parameters of other
+          modules, such as heads.
+
+        Args:
+            param_name (str): Name of the parameter, including the prefix.
+            prefix (str): Prefix of the names of the parameters of this
+                backbone, such as 'backbone.'. Names without it belong to other
+                modules. Defaults to an empty string.
+
+        Returns:
+            tuple[int, int]: Depth and number of depths, L + 2.
+        """
+        num_layers = sum(self.depths) + 2
+        match = re.match(
+            r'(patch_embed|block|norm)([1-4])\.(\d+)?',
+            param_name.removeprefix(prefix),
+        )
+        if match is None or not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        kind, stage, block = match[1], int(match[2]), match[3]
+        if kind == 'patch_embed':
+            depth = sum(self.depths[: stage - 1])
+        elif kind == 'block':
+            depth = sum(self.depths[: stage - 1]) + int(block) + 1
+        elif stage < NUM_STAGES:
+            depth = sum(self.depths[:stage])
+        else:
+            depth = num_layers - 1
+        return depth, num_layers
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Compute the feature maps of the stages in ``out_indices``.

@@ -11,12 +11,13 @@ from .config import (
     type_name,
 )
 from .run import check_testing, check_training, explain_error
-from .weights import check_checkpoint
+from .weights import check_checkpoint, check_frozen_weights
 
 __all__ = [
     'INSTALL_HINTS',
     'build_model',
     'check_checkpoint',
+    'check_frozen_weights',
     'check_testing',
     'check_training',
     'class_names',

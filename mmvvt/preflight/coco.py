@@ -115,6 +115,12 @@ def _read(
 def _find_category_fault(
     path: str, names: Sequence[str], classes: Sequence[str]
 ) -> Optional[str]:
+    if isinstance(classes, str):
+        return (
+            f'the classes are the string {classes!r}, of which each character '
+            f'would be a class; a tuple of one name needs a comma: '
+            f'dataset.metainfo=dict(classes=({classes!r},))'
+        )
     missing = [name for name in classes if name not in names]
     if missing:
         return (

@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
 from ..errors import UserError
+from ..shipped import find_config
 
 INSTALL_HINTS = {
     'mmpretrain': 'pip install mmpretrain==1.2.0',
@@ -30,7 +31,9 @@ def read_config(
     """Read a config and initialise its default scope.
 
     Args:
-        config (str | Config): Path of a config file, or a config.
+        config (str | Config): A config, or the path of a config file, or the
+            name of a config of the package, see
+            :func:`mmvvt.shipped.find_config`.
         options (dict, optional): Settings that override those of the config.
             Defaults to None.
 
@@ -44,9 +47,7 @@ def read_config(
     if isinstance(config, Config):
         path, cfg = config.filename, copy.deepcopy(config)
     else:
-        path, cfg = config, None
-        if not os.path.isfile(path):
-            raise UserError(f'no such config file: {path}')
+        path, cfg = find_config(config), None
     scope: Optional[str] = None
     try:
         if cfg is None:
@@ -55,10 +56,14 @@ def read_config(
             cfg.merge_from_dict(options)
         scope = cfg.get('default_scope', 'mmengine') or _package_of(cfg)
         import_module(scope)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        missing = _missing_module(error)
+        if missing is None:
+            raise
+        package = scope or missing.partition('.')[0]
         raise UserError(
-            f'{path} needs the package {error.name}, which is not installed: '
-            f'{INSTALL_HINTS.get(scope or "", "see README.md")}'
+            f'{path} needs the package {missing}, which is not installed: '
+            f'{INSTALL_HINTS.get(package, "see README.md")}'
         ) from error
     except AssertionError as error:
         explained = _explain_version_check(error, path, scope)
@@ -67,6 +72,19 @@ def read_config(
         raise explained from error
     init_default_scope(scope)
     return cfg
+
+
+def _missing_module(error: BaseException) -> Optional[str]:
+    """Return the name of the module that is not installed, if any.
+
+    mmengine raises other errors for ``custom_imports`` that fail.
+    """
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError):
+            return cause.name
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _explain_version_check(
@@ -319,7 +337,7 @@ def build_model(cfg: Config) -> nn.Module:
         ) from error
     except UserError:
         raise
-    except (KeyError, TypeError) as error:
+    except (AssertionError, KeyError, TypeError) as error:
         reason = _config_fault(error)
         if reason is None:
             raise  # an error inside a module
@@ -329,6 +347,8 @@ def build_model(cfg: Config) -> nn.Module:
 def _config_fault(error: Exception) -> Optional[str]:
     """Explain an unknown class or a wrong argument; None for other errors."""
     text = str(error.args[0] if error.args else error)
+    if isinstance(error, AssertionError):
+        return text or None  # OpenMMLab checks arguments with assertions.
     unknown = re.search(r'(\S+) is not in the (\S+) registry', text)
     if unknown:
         return (
@@ -343,10 +363,4 @@ def _config_fault(error: Exception) -> Optional[str]:
     if wrong is None:
         return None
     kind = 'needs' if 'missing' in wrong[0] else 'has no'
-    hint = ''
-    if wrong[2].strip("'") == 'pretrained':
-        hint = (
-            "; name the weights with init_cfg=dict(type='Pretrained', "
-            "checkpoint='FILE', prefix='backbone.') of the backbone"
-        )
-    return f'{wrong[1]} {kind} argument {wrong[2]}{hint}'
+    return f'{wrong[1]} {kind} argument {wrong[2]}'

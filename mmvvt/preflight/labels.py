@@ -96,6 +96,14 @@ def _find_label_map_problems(
     if problem:
         yield problem
         return
+    if not samples:
+        suffix = getattr(source.dataset, 'img_suffix', '')
+        folder = (source.dataset.data_prefix or {}).get('img_path') or ''
+        yield source.problem(
+            f'no images were found in {folder}: the names of images must end '
+            f'in img_suffix={suffix!r}'
+        )
+        return
     samples = [s for s in samples if s.get('seg_map_path') is not None]
     missing = _find_missing(source, [s['seg_map_path'] for s in samples])
     if missing:

@@ -95,8 +95,8 @@ def _numbers(cfg: Config, sources: List[Source]) -> Iterator[Tuple[str, int]]:
                 )
 
 
-def _classes_of(source: Source) -> Optional[int]:
-    """The number of classes of a dataset, None if it does not know."""
+def _classes_of(source: Source) -> Optional[Tuple[str, ...]]:
+    """The classes of a dataset, None if it does not know them."""
     dataset = source.dataset
     if dataset is None:
         return None
@@ -110,20 +110,30 @@ def _classes_of(source: Source) -> Optional[int]:
     classes = meta.get('classes') or meta.get('CLASSES')
     if not isinstance(classes, (list, tuple)):
         return None
-    return len(classes)
+    return tuple(map(str, classes))
 
 
 def _find_class_problems(
     cfg: Config, sources: List[Source]
 ) -> Iterator[UserError]:
     counts: Dict[int, str] = {}
+    names: Dict[Tuple[str, ...], str] = {}
     for source in sources:
-        number = _classes_of(source)
-        if number is not None:
-            counts.setdefault(number, source.where)
+        classes = _classes_of(source)
+        if classes is not None:
+            counts.setdefault(len(classes), source.where)
+            names.setdefault(classes, source.where)
     if len(counts) > 1:
         found = ', '.join(f'{where} has {n}' for n, where in counts.items())
         yield UserError(f'the datasets have different classes: {found}')
+        return
+    if len(names) > 1:
+        (first, where), (second, other) = list(names.items())[:2]
+        index = next(i for i, name in enumerate(first) if name != second[i])
+        yield UserError(
+            f'the datasets have different classes: class {index} is '
+            f'{first[index]!r} in {where} and {second[index]!r} in {other}'
+        )
         return
     settings = list(_numbers(cfg, sources))
     if not counts and not settings:
@@ -167,9 +177,11 @@ def _find_metric_problems(
                 places.append((f'{name} (Accuracy)', metric))
     for where, config in places:
         if _topk(config) > number:
+            setting = where.split(' ')[0]
             yield UserError(
                 f'{where} has topk={config["topk"]}, but '
-                f'model.head.num_classes is {number}: topk must not exceed it'
+                f'model.head.num_classes is {number}: topk must not exceed '
+                f'it; set {setting}.topk=1'
             )
 
 

@@ -1,5 +1,6 @@
 """Visualization of training runs, predictions and benchmarks."""
 
+from .attention import draw_attention
 from .curves import plot_curves
 from .predictions import draw_classification, draw_detection, draw_segmentation
 from .sheets import (
@@ -9,6 +10,7 @@ from .sheets import (
 )
 
 __all__ = [
+    'draw_attention',
     'draw_classification',
     'draw_classification_sheet',
     'draw_detection',

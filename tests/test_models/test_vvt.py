@@ -334,6 +334,63 @@ def test_pretrained_init_cfg(tmp_path):
         assert torch.equal(model.state_dict()[key], tensor), key
 
 
+def forward_order(model):
+    """Group the parameters: a list of prefixes in the order of forward."""
+    prefixes = []
+    for stage, blocks in enumerate(model.depths, start=1):
+        prefixes.append(f'patch_embed{stage}.')
+        prefixes += [f'block{stage}.{i}.' for i in range(blocks)]
+        prefixes.append(f'norm{stage}.')
+    return prefixes
+
+
+@pytest.mark.parametrize('arch', [NANO, *PARAMETERS], ids=str)
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_layer_depth(arch, prefix):
+    model = VVT(arch, frozen_stages=1)
+    blocks = sum(model.depths)
+    depths = {}
+    for name, _ in model.named_parameters():
+        depth, number = model.get_layer_depth(prefix + name, prefix)
+        assert number == blocks + 2
+        (module,) = (p for p in forward_order(model) if name.startswith(p))
+        # All parameters of a block have the same depth.
+        assert depths.setdefault(module, depth) == depth
+    ordered = [depths[module] for module in forward_order(model)]
+    assert ordered == sorted(ordered)
+    # Every depth is used: no factor of the decay rate is skipped.
+    assert set(ordered) == set(range(blocks + 2))
+    assert depths['patch_embed1.'] == 0 and depths['block1.0.'] == 1
+    assert depths['norm4.'] == blocks + 1
+    last_of_stage = f'block3.{model.depths[2] - 1}.'
+    assert depths['norm3.'] == depths['patch_embed4.'] == depths[last_of_stage]
+    assert depths['block4.0.'] == depths['patch_embed4.'] + 1
+
+
+def test_layer_depth_of_the_demo_architecture():
+    model = VVT(NANO)  # depths 1, 1, 2, 1
+    names = {
+        'patch_embed1.proj.weight': 0,
+        'block1.0.attn.q_proj.weight': 1,
+        'norm1.weight': 1,
+        'patch_embed2.norm.bias': 1,
+        'block2.0.mlp.fc1.weight': 2,
+        'block3.0.norm1.weight': 3,
+        'block3.1.norm1.weight': 4,
+        'norm3.bias': 4,
+        'patch_embed4.proj.bias': 4,
+        'block4.0.norm2.bias': 5,
+        'norm4.weight': 6,
+    }
+    for name, depth in names.items():
+        assert model.get_layer_depth(name) == (depth, 7), name
+        assert model.get_layer_depth(f'net.{name}', 'net.') == (depth, 7)
+        # Without the prefix, the parameter is not in the backbone.
+        assert model.get_layer_depth(name, 'backbone.') == (6, 7)
+    assert model.get_layer_depth('head.fc.weight', 'backbone.') == (6, 7)
+    assert model.get_layer_depth('neck.block1.0.weight', 'backbone.') == (6, 7)
+
+
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg', 'mmdet'])
 def test_builds_under_every_scope(scope):
     pytest.importorskip(scope)
@@ -394,11 +451,21 @@ def test_builds_under_every_scope(scope):
             dict(attn_cfg=dict(backend='fast')),
             "backend must be one of .*'fast'",
         ),
+        (
+            dict(pretrained='a.pth'),
+            "VVT does not support pretrained='a.pth'; .* "
+            r"init_cfg=dict\(type='Pretrained', checkpoint=",
+        ),
+        (dict(pretrained=True), 'VVT does not support pretrained=True'),
     ],
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         VVT(**{'arch': NANO, **change})
+
+
+def test_pretrained_none_is_ignored():
+    assert VVT(NANO, pretrained=None).init_cfg is None
 
 
 def test_backend_that_cannot_run_is_refused_when_built(monkeypatch):

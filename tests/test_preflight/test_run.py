@@ -1,5 +1,7 @@
 """Tests of the checks before a run: reported and accepted configs."""
 
+import copy
+
 import cv2
 import numpy as np
 import pytest
@@ -171,7 +173,7 @@ def test_topk_and_best_metric(images):
     )
     assert found == [
         'val_evaluator (Accuracy) has topk=(1, 5), but model.head.num_classes '
-        'is 3: topk must not exceed it',
+        'is 3: topk must not exceed it; set val_evaluator.topk=1',
         "default_hooks.checkpoint.save_best is 'accuracy/top3', but "
         'val_evaluator computes accuracy/top1, accuracy/top5',
     ]
@@ -401,6 +403,93 @@ def test_url_of_a_file_backend(images, monkeypatch):
     assert 'the data folder does not exist: mapped://' in line
 
 
+LAYER_DECAY = {
+    'optim_wrapper': dict(
+        type='OptimWrapper',
+        optimizer=dict(type='AdamW', lr=8e-4),
+        constructor='MergedOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate=0.5),
+    ),
+}
+WARM_UP = dict(type='LinearLR', start_factor=0.1, end=1)
+
+
+@pytest.mark.parametrize(
+    'changes,expected',
+    [
+        ({}, None),
+        ({'param_scheduler': dict(type='PolyLR', eta_min=0.0)}, None),
+        (
+            {
+                'param_scheduler': [
+                    WARM_UP,
+                    dict(type='CosineAnnealingLR', T_max=9, eta_min_ratio=0.1),
+                ]
+            },
+            None,
+        ),
+        # 8e-4 * 0.5 ** 5 is above the minimum
+        ({'param_scheduler': dict(type='PolyLR', eta_min=2e-5)}, None),
+        (
+            {
+                'param_scheduler': [
+                    WARM_UP,
+                    dict(type='CosineAnnealingLR', T_max=9, eta_min=1e-4),
+                ]
+            },
+            'param_scheduler[1] (CosineAnnealingLR) has eta_min=0.0001, but '
+            'the first layers start at a learning rate of 2.5e-05 with '
+            'layer_decay_rate=0.5, which would rise: set eta_min_ratio '
+            'instead, or eta_min=0',
+        ),
+        (
+            {'param_scheduler': dict(type='OneCycleLR', eta_max=1e-3)},
+            'param_scheduler[0] (OneCycleLR) gives all layers the same '
+            'learning rate, whatever layer_decay_rate is: use another '
+            'scheduler',
+        ),
+        (
+            {'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor'},
+            'optim_wrapper.paramwise_cfg.layer_decay_rate has no effect with '
+            "mmengine's DefaultOptimWrapperConstructor: set "
+            "optim_wrapper.constructor='MergedOptimWrapperConstructor'",
+        ),
+        (
+            {
+                'model.backbone': dict(
+                    _delete_=True, type='LeNet5', num_classes=-1
+                ),
+            },
+            'layer_decay_rate needs a backbone with the method '
+            'get_layer_depth, which LeNet5 does not support',
+        ),
+        (
+            {'optim_wrapper.paramwise_cfg.layer_decay_rate': 2},
+            'paramwise_cfg.layer_decay_rate must be greater than 0 and at '
+            'most 1, got 2',
+        ),
+    ],
+)
+def test_layer_decay(images, changes, expected):
+    options = copy.deepcopy({**LAYER_DECAY, **changes})
+    found = problems(classifier(images, **options))
+    assert found == ([] if expected is None else [expected])
+
+
+def test_layer_decay_without_a_constructor(images):
+    options = copy.deepcopy(LAYER_DECAY)
+    del options['optim_wrapper']['constructor']
+    (line,) = problems(classifier(images, **options))
+    assert "no effect with mmengine's DefaultOptimWrapper" in line
+    # the same schedule is refused with the constructor of mmpretrain
+    options['optim_wrapper']['constructor'] = (
+        'LearningRateDecayOptimWrapperConstructor'
+    )
+    options['param_scheduler'] = [dict(type='PolyLR', eta_min=1e-4)]
+    (line,) = problems(classifier(images, **options))
+    assert 'param_scheduler[0] (PolyLR) has eta_min=0.0001' in line
+
+
 # -- segmentation -------------------------------------------------------------
 
 
@@ -585,7 +674,7 @@ def test_batch_norm_of_one_image(tmp_path):
 def test_pretrained_as_a_keyword(tmp_path, place):
     label_maps(tmp_path, [0, 1])
     (line,) = problems(segmentor(tmp_path, **{place: 'weights.pth'}))
-    assert "VVT has no argument 'pretrained'" in line
+    assert "VVT does not support pretrained='weights.pth'" in line
     assert "init_cfg=dict(type='Pretrained'" in line
 
 

@@ -175,6 +175,7 @@ val_dataloader = dict(
     dataset=dict(data_root=data_root, indices=12))
 test_dataloader = val_dataloader
 train_cfg = dict(max_epochs=1)
+load_from = None
 """)
     work_dir = tmp_path / 'work'
     done = run_tool(
@@ -187,6 +188,7 @@ train_cfg = dict(max_epochs=1)
         'default_hooks.logger.interval=1',
     )
     assert done.returncode == 0, done.stdout
+    assert 'the model starts from random weights' in done.stdout
     values = losses(work_dir)
     assert len(values) == 6 and all(np.isfinite(values))
     # 2 images per step; the learning rate of the config is for 1024
@@ -386,7 +388,15 @@ IMAGENET = ROOT / 'configs/classification/vvt-tiny_8xb128_in1k.py'
         (
             'train.py',
             [DEMO, '--cfg-options', 'load_from=no.pth'],
-            'no such checkpoint file: no.pth',
+            'no such checkpoint file: no.pth; set --cfg-options '
+            'load_from=PATH, or load_from=None to start from random weights',
+        ),
+        (
+            'train.py',
+            [IMAGENET.with_stem('vvt-tiny_8xb128_in1k-384px')],
+            'no such checkpoint file: pretrained/vvt-tiny_in1k.pth; set '
+            '--cfg-options load_from=PATH, or load_from=None to start from '
+            'random weights',
         ),
         (
             'train.py',

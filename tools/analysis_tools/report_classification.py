@@ -53,7 +53,7 @@ def main():
     show_dir = os.path.join(args.work_dir, 'show')
     print(
         'to draw each image with its prediction: '
-        f'{os.path.relpath(sys.executable)} tools/test.py {args.config} '
+        f'{os.path.relpath(sys.executable)} -m mmvvt test {args.config} '
         f'{args.checkpoint} --show-dir {show_dir}'
     )
 

@@ -53,8 +53,8 @@ def main():
     print(f'wrote {args.dst}')
     if classes == 1000:
         print(
-            'to test it: python tools/test.py configs/classification/'
-            f'vvt-{name}_8xb128_in1k.py {args.dst}'
+            f'to test it: python -m mmvvt test vvt-{name}_8xb128_in1k '
+            f'{args.dst}'
         )
 
 

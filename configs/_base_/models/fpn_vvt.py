@@ -1,15 +1,17 @@
 # Semantic FPN with a VVT backbone.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
+# visualization_cam.py of mmseg reads mean and std at the top level.
+data_preprocessor = dict(
+    type='SegDataPreProcessor',
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    bgr_to_rgb=True,
+    pad_val=0,
+    seg_pad_val=255,
+)
 model = dict(
     type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-    ),
+    data_preprocessor=data_preprocessor,
     # arch, drop_path_rate and init_cfg are set in each config
     backbone=dict(type='VVT', out_indices=(0, 1, 2, 3)),
     neck=dict(

@@ -1,0 +1,136 @@
+"""Attention maps of a trained model for one image."""
+
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+
+from ..analysis.attention import AttentionMap, attention_map
+from ..errors import UserError
+from ..models import VVT
+from ..models.vvt import VVTBlock
+from .predictor import Predictor
+
+
+class AttentionMaps(NamedTuple):
+    """Result of :func:`attention_maps`.
+
+    Attributes:
+        image (np.ndarray): Input of the network as RGB image ``(H, W, 3)``,
+            uint8.
+        maps (list[dict[str, AttentionMap]]): For each point, the maps of the
+            blocks by their names.
+    """
+
+    image: np.ndarray
+    maps: List[Dict[str, AttentionMap]]
+
+
+def _find_blocks(model: Any, names: Sequence[str]) -> Tuple[VVT, dict]:
+    backbones = [m for m in model.modules() if isinstance(m, VVT)]
+    if not backbones:
+        raise UserError('the model has no VVT backbone')
+    blocks = {
+        name: module
+        for name, module in backbones[0].named_modules()
+        if isinstance(module, VVTBlock)
+    }
+    for name in names:
+        if name not in blocks:
+            raise UserError(
+                f'no block {name}; the blocks are {", ".join(blocks)}'
+            )
+    return backbones[0], {name: blocks[name] for name in names}
+
+
+def _to_picture(x: torch.Tensor, predictor: Predictor) -> np.ndarray:
+    """Convert the normalised input ``(1, C, H, W)`` to an RGB image."""
+    preprocessor: Any = predictor.model.data_preprocessor
+    x = x[0].float().cpu()
+    if hasattr(preprocessor, 'mean'):
+        # mean and std have the shape (C, 1, 1)
+        x = x * preprocessor.std.cpu() + preprocessor.mean.cpu()
+    if x.min() < 0 or x.max() > 255:  # more than 8 bits
+        low, high = x.min(), x.max()
+        x = (x - low) * (255 / (high - low).clamp(min=1e-12))
+    # (C, H, W) -> (H, W, C)
+    picture = x.round().byte().permute(1, 2, 0).numpy()
+    if picture.shape[2] < 3:
+        return picture[..., :1].repeat(3, axis=2)
+    picture = picture[..., :3]
+    is_rgb = predictor.pipeline.network_sees_rgb
+    return np.ascontiguousarray(picture if is_rgb else picture[..., ::-1])
+
+
+def attention_maps(
+    predictor: Predictor,
+    image: Union[str, np.ndarray],
+    blocks: Sequence[str],
+    points: Sequence[Tuple[float, float]],
+) -> AttentionMaps:
+    """Compute where query pixels of an image attend to.
+
+    The image is transformed by the test pipeline of the config, and the maps
+    are computed from the tokens that the model computes for it.
+
+    Example:
+        >>> predictor = Predictor(config, checkpoint)
+        >>> result = attention_maps(
+        ...     predictor, 'photo.jpg', ['block3.1'], [(0.5, 0.5)])
+        >>> result.maps[0]['block3.1'].attention.shape  # (heads, h, w)
+
+    Args:
+        predictor (Predictor): Model and pipeline.
+        image (str | np.ndarray): Path of an image, or an array as
+            ``mmcv.imread`` returns it.
+        blocks (Sequence[str]): Names of blocks of the backbone, such as
+            'block3.1' for the second block of the third stage.
+        points (Sequence[tuple[float, float]]): Query pixels as fractions
+            ``(x, y)`` of the width and height of the network's input, from 0
+            to 1.
+
+    Returns:
+        AttentionMaps: Input of the network, and the maps.
+
+    Raises:
+        UserError: If the model has no VVT backbone, a block does not exist, a
+            point is outside the image, or the image cannot be processed.
+    """
+    for x, y in points:
+        if not (0 <= x <= 1 and 0 <= y <= 1):
+            raise UserError(
+                f'a point must have x and y from 0 to 1, got ({x:g}, {y:g})'
+            )
+    backbone, found = _find_blocks(predictor.model, blocks)
+    maps: List[Dict[str, AttentionMap]] = [{} for _ in points]
+    inputs: List[torch.Tensor] = []
+
+    def keep_input(module, args):
+        if not inputs:  # test-time augmentation runs the backbone again
+            inputs.append(args[0])
+
+    def compute(name):
+        def hook(attn, args):
+            tokens, (height, width) = args
+            for (x, y), result in zip(points, maps):
+                query = (
+                    min(int(y * height), height - 1),
+                    min(int(x * width), width - 1),
+                )
+                if name not in result:
+                    result[name] = attention_map(
+                        attn, tokens[:1], (height, width), query
+                    )
+
+        return hook
+
+    handles = [backbone.register_forward_pre_hook(keep_input)]
+    for name, block in found.items():
+        # With a hook, the block calls its layers instead of running in strips.
+        handles.append(block.attn.register_forward_pre_hook(compute(name)))
+    try:
+        predictor.predict(predictor.pipeline(image)[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return AttentionMaps(_to_picture(inputs[0], predictor), maps)
