@@ -127,7 +127,9 @@ def docstring_of(package, name):
         if getattr(node, 'name', '') == name:
             return ast.get_docstring(node)
         if isinstance(node, ast.Assign) and is_name(node.targets[0], name):
-            is_text = isinstance(getattr(after, 'value', None), ast.Constant)
+            is_text = isinstance(after, ast.Expr) and isinstance(
+                after.value, ast.Constant
+            )
             return after.value.value if is_text else None
     raise AssertionError(f'{package}.{name} was not found')
 

@@ -73,7 +73,7 @@ def attention_maps(
     The image is transformed by the test pipeline of the config, and the maps
     are computed from the tokens that the model computes for it.
 
-    Example:
+    Examples:
         >>> predictor = Predictor(config, checkpoint)
         >>> result = attention_maps(
         ...     predictor, 'photo.jpg', ['block3.1'], [(0.5, 0.5)])

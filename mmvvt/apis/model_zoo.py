@@ -69,7 +69,7 @@ def list_models(
 ) -> List[str]:
     """List the names of the models that :func:`get_model` can build.
 
-    Example:
+    Examples:
         >>> from mmvvt.apis import list_models
         >>> list_models('vvt-tiny', task='segmentation')
         ['vvt-tiny_fpn_8xb4-40k_ade20k-512x512',
@@ -118,7 +118,7 @@ def get_model(
     functions of mmseg and mmdet use mmengine's default scope, which is that of
     the model built last.
 
-    Example:
+    Examples:
         >>> from mmvvt.apis import get_model
         >>> model = get_model(
         ...     'vvt-tiny_8xb128_in1k', pretrained='vvt-tiny_in1k.pth',

@@ -22,7 +22,9 @@ OFFICIAL_REPOSITORY = (
     'https://github.com/OpenNLPLab/Vicinity-Vision-Transformer'
 )
 CONVERT = 'python -m mmvvt convert'
+"""Command that converts official checkpoints."""
 CONVERTER = 'tools/model_converters/official_to_mmvvt.py'
+"""The same as a file of a clone."""
 # Architecture by name of the converted file
 PUBLISHED: Dict[str, str] = {
     f'vvt-{arch}_in1k{size}.pth': arch

@@ -100,7 +100,7 @@ class MergedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     except those with ``eta_min``, which is the same for all groups. Use
     ``eta_min_ratio`` together with ``layer_decay_rate``.
 
-    Example:
+    Examples:
         >>> optim_wrapper = dict(
         ...     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
         ...     constructor='MergedOptimWrapperConstructor',
