@@ -1,9 +1,9 @@
 """Runs Python tools in forks of a process that has imported PyTorch.
 
 A third of the time of the tests that run tools would be spent in importing
-PyTorch and mmcv. mmpretrain, mmseg, mmdet and mmvvt are not imported here, so
-that a tool that forgets to import them fails. The output, the exit code and
-the handlers at exit are those of a process of its own.
+PyTorch and mmcv. By default, mmpretrain, mmseg, mmdet and mmvvt are not
+imported, so that a tool that forgets to import them fails. The output, the
+exit code and the handlers at exit are those of a process of its own.
 
 The process reads one request per line from its standard input, and answers
 with the exit code: ``{"arguments": [...], "cwd": ..., "out": ..., "timeout":
@@ -37,19 +37,28 @@ def exit_code(error: SystemExit) -> int:
     return 1
 
 
-def run_forked(arguments, cwd, out) -> int:
-    """Run a tool as ``python TOOL ARGUMENTS`` would; never returns."""
+def run_main(arguments) -> None:
+    """Run a file or code as ``python TOOL ARGUMENTS`` or ``python -c``."""
+    if arguments[0] == '-c':
+        sys.argv = ['-c', *arguments[2:]]
+        exec(arguments[1], dict(__name__='__main__'))
+        return
+    sys.argv = arguments
+    # Python puts the folder of the script in front.
+    sys.path[0] = str(Path(arguments[0]).resolve().parent)
+    runpy.run_path(arguments[0], run_name='__main__')
+
+
+def run_forked(arguments, cwd, out) -> None:
+    """Run a tool in this process; never returns."""
     with open(os.devnull) as empty, open(out, 'wb') as file:
         os.dup2(empty.fileno(), 0)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setsid()  # what the tool starts is killed with it
     os.chdir(cwd)
-    sys.argv = arguments
-    # Python puts the folder of the script in front.
-    sys.path[0] = str(Path(arguments[0]).resolve().parent)
     try:
-        runpy.run_path(arguments[0], run_name='__main__')
+        run_main(arguments)
         code = 0
     except SystemExit as error:
         code = exit_code(error)
@@ -62,7 +71,7 @@ def run_forked(arguments, cwd, out) -> int:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # without deleting all objects, which takes seconds
 
 
 def wait(pid: int, timeout: float) -> Optional[int]:
@@ -78,8 +87,10 @@ def wait(pid: int, timeout: float) -> Optional[int]:
     return None
 
 
-def serve() -> None:
-    for name in PRELOADED:
+def serve(modules) -> None:
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # some packages print while they are imported
+    for name in modules:
         with suppress(ImportError):
             importlib.import_module(name)
     for line in sys.stdin:
@@ -88,23 +99,36 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             run_forked(**request)
-        print(json.dumps(wait(pid, timeout)), flush=True)
+        print(json.dumps(wait(pid, timeout)), file=answers, flush=True)
+    os._exit(0)
 
 
 class ToolServer:
-    """Client of :func:`serve`. The process starts at the first request."""
+    """Client of :func:`serve`. The process starts at the first request.
 
-    def __init__(self):
+    Args:
+        modules (Sequence[str]): Modules to import in the server, as far as
+            they are installed.
+        env (dict): Environment variables to set.
+    """
+
+    def __init__(self, modules=PRELOADED, **env):
+        self._modules = modules
+        self._env = env
         self._process = None
 
     def run(self, arguments, cwd, timeout) -> subprocess.CompletedProcess:
-        """Run a tool; the arguments are those of ``subprocess.run``."""
+        """Run a tool; the arguments are those of ``subprocess.run``.
+
+        The output contains stderr.
+        """
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, __file__, *self._modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                env={**os.environ, **self._env},
             )
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / 'output'
@@ -121,6 +145,11 @@ class ToolServer:
             raise subprocess.TimeoutExpired(arguments, timeout, output)
         return subprocess.CompletedProcess(arguments, code, output)
 
+    def close(self):
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait()
+
 
 if __name__ == '__main__':
-    serve()
+    serve(sys.argv[1:])

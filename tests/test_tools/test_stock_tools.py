@@ -4,10 +4,6 @@ docs/stock_tools.md lists what these tests check.
 """
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from mmvvt.datasets import write_digit_scenes
 from mmvvt.models import VVT
 
 from conftest import ROOT
+from tool_server import ToolServer
 
 CONFIGS = ROOT / 'configs'
 DIGITS = CONFIGS / 'demo' / 'vvt-nano_digits.py'
@@ -34,46 +31,6 @@ LAUNCHER = (
     'import mmvvt, runpy, sys; del sys.argv[0]; '
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-
-# Importing the packages takes longer than most tools. A server imports them
-# once; each tool runs in a fork of it. A fork ends without deleting the
-# objects of the packages, which would take seconds.
-SERVER = """
-import importlib, json, os, runpy, sys, traceback
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-assert 'mmvvt' not in sys.modules
-print('ready', flush=True)
-for line in sys.stdin:
-    code, sys.argv, log = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        break
-    status = os.waitpid(pid, 0)[1]
-    print(os.waitstatus_to_exitcode(status), flush=True)
-else:
-    os._exit(0)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-os.dup2(output, 1)
-os.dup2(output, 2)
-status = 1
-try:
-    if code:
-        sys.argv.insert(0, '-c')
-        exec(code)
-    else:
-        sys.path[0] = os.path.dirname(sys.argv[0])
-        runpy.run_path(sys.argv[0], run_name='__main__')
-    status = 0
-except SystemExit as end:
-    status = end.code if isinstance(end.code, int) else int(bool(end.code))
-except BaseException:
-    traceback.print_exc()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(status)
-"""
 
 
 class StockTools:
@@ -92,48 +49,31 @@ class StockTools:
         self.folder = folder
         # Pictures of confusion matrices would have 35 million pixels.
         (folder / 'matplotlibrc').write_text('savefig.dpi: 20')
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                '-c',
-                SERVER,
-                *(
-                    f'{package}.{module}'
-                    for module in (
-                        'apis',
-                        'datasets',
-                        'engine',
-                        'evaluation',
-                        'models',
-                        'visualization',
-                    )
-                ),
-                'matplotlib.pyplot',
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            env=dict(
-                os.environ,
-                MATPLOTLIBRC=str(folder / 'matplotlibrc'),
-                MPLBACKEND='Agg',
-                OMP_NUM_THREADS='1',
-            ),
+        modules = (
+            'apis',
+            'datasets',
+            'engine',
+            'evaluation',
+            'models',
+            'visualization',
         )
-        # A package may print while it is imported.
-        assert 'ready\n' in iter(self.process.stdout.readline, '')
+        self.server = ToolServer(
+            [f'{package}.{name}' for name in modules] + ['matplotlib.pyplot'],
+            MATPLOTLIBRC=str(folder / 'matplotlibrc'),
+            MPLBACKEND='Agg',
+            OMP_NUM_THREADS='1',
+        )
 
     def start(self, tool, *arguments, code=None):
         """Run a tool and return its exit code and its output."""
         path = self.tools / f'{tool}.py'
         if not path.is_file():
             pytest.skip(f'there is no {path}')
-        log = self.folder / 'log.txt'
-        request = [code, [str(path), *map(str, arguments)], str(log)]
-        self.process.stdin.write(json.dumps(request) + '\n')
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline()), log.read_text()
+        command = [str(path), *map(str, arguments)]
+        if code is not None:
+            command = ['-c', code, *command]
+        done = self.server.run(command, self.folder, timeout=300)
+        return done.returncode, done.stdout
 
     def run(self, tool, *arguments, **options):
         """Run a tool that must succeed, and return its output."""
@@ -141,16 +81,12 @@ class StockTools:
         assert code == 0, output[-3000:]
         return output
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
 
 def tools_of(package, tmp_path_factory):
     pytest.importorskip(package)
     tools = StockTools(package, tmp_path_factory.mktemp(package))
     yield tools
-    tools.close()
+    tools.server.close()
 
 
 def roots(root):
