@@ -37,9 +37,9 @@ usage: python -m mmvvt COMMAND [ARGUMENTS]
 commands:
 {commands}
 
-python -m mmvvt COMMAND --help describes the arguments of a command. A config is
-the path of a file, a name printed by the command list, or mmvvt::PATH, such as
-mmvvt::classification/vvt-tiny_8xb128_in1k.py."""
+python -m mmvvt COMMAND --help describes the arguments of a command. A config
+is the path of a file, a name printed by the command list, or mmvvt::PATH, such
+as mmvvt::classification/vvt-tiny_8xb128_in1k.py."""
 
 
 def tool_path(command: str) -> Path:
@@ -48,7 +48,7 @@ def tool_path(command: str) -> Path:
 
 
 def usage() -> str:
-    """Return the list of commands, with the first lines of their docstrings."""
+    """Return the commands with the first line of their docstrings."""
     width = max(map(len, COMMANDS))
     lines = []
     for command in COMMANDS:

@@ -207,7 +207,10 @@ def test_a_develop_install_follows_the_sources(tmp_path):
         execute(python, '-m', 'pip', *INSTALL, '-e', sources, cwd=tmp_path)
 
     (sources / 'configs' / 'demo' / 'new.py').write_text('value = 7')
-    (sources / 'configs' / 'demo' / 'vvt-nano_digits.py').unlink()
+    (sources / 'configs' / 'demo' / 'vvt_nano_digits.py').unlink()
+    metafile = sources / 'configs' / 'classification' / 'metafile.yml'
+    text = metafile.read_text().replace('Name: vvt-tiny', 'Name: new-tiny')
+    metafile.write_text(text)
     tool = sources / 'tools' / 'list_models.py'
     tool.write_text(tool.read_text().replace('print(*', 'print("edited", *'))
     (tmp_path / 'child.py').write_text("_base_ = 'mmvvt::demo/new.py'")
@@ -216,14 +219,18 @@ import sys
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmvvt.__main__ import main
+from mmvvt.shipped import shipped_configs
 
 sys.argv[1:] = ['list']
 main()
 print(Config.fromfile('child.py').value,
       get_config('mmvvt::demo/new.py').value,
       get_config('mmvvt::demo/new.py').filename)
+print('removed:', 'vvt_nano_digits' not in shipped_configs())
 """
     lines = execute(python, '-c', code, cwd=tmp_path).splitlines()
     assert f'7 7 {sources}/mmvvt/.mim/configs/demo/new.py' in lines
-    listed = lines[lines.index('edited') :]
-    assert 'new' in listed and 'vvt-nano_digits' not in listed
+    listed = ' '.join(lines).partition('edited ')[2].split()
+    assert 'new-tiny_8xb128_in1k' in listed
+    assert 'vvt-tiny_8xb128_in1k' not in listed
+    assert 'removed: True' in lines
