@@ -52,7 +52,45 @@ def load_model(cfg: Config, checkpoint: str) -> Tuple[nn.Module, dict]:
     return model, loaded.get('meta') or {}
 
 
-def load_pretrained(model: nn.Module, checkpoint: str) -> dict:
+def read_checkpoint(checkpoint: str) -> dict:
+    """Read a checkpoint.
+
+    Args:
+        checkpoint (str): Path or URL. Files from HTTP servers are stored in
+            the folder of ``torch.hub``.
+
+    Returns:
+        dict: Content of the checkpoint, with all tensors on the CPU.
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist or cannot be read.
+    """
+    checkpoint = os.path.expanduser(checkpoint)
+    if '://' not in checkpoint:
+        if READS_RUNNER_CHECKPOINTS or not os.path.isfile(checkpoint):
+            return load_checkpoint_file(checkpoint)
+        return CheckpointLoader.load_checkpoint(checkpoint, 'cpu', 'silent')
+    try:
+        if re.match('https?://', checkpoint):
+            # Unlike mmengine, execute no code from the file.
+            loaded = torch.hub.load_state_dict_from_url(
+                checkpoint,
+                map_location='cpu',
+                weights_only=READS_RUNNER_CHECKPOINTS,
+            )
+        else:
+            loaded = CheckpointLoader.load_checkpoint(
+                checkpoint, 'cpu', 'silent'
+            )
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f'cannot load {checkpoint}: {reason}') from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f'{checkpoint} is not a dict of tensors')
+    return loaded
+
+
+def load_fitting_parts(model: nn.Module, checkpoint: dict, path: str) -> None:
     """Load the parts of a checkpoint that fit a model.
 
     The backbone must fit completely. Other parts of the model, such as neck
@@ -64,23 +102,19 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> dict:
 
     Args:
         model (nn.Module): Initialised model; modified in place.
-        checkpoint (str): Path or URL of a checkpoint.
-
-    Returns:
-        dict: The metadata of the checkpoint, empty if there is none.
+        checkpoint (dict): Content of a checkpoint.
+        path (str): Its path or URL, for messages.
 
     Raises:
-        CheckpointError: If the checkpoint does not exist, cannot be read or
-            does not contain the backbone of the model.
+        CheckpointError: If the checkpoint does not contain the backbone of
+            the model.
     """
-    name = os.path.basename(checkpoint)
-    loaded = _read_checkpoint(checkpoint)
     state = {
         re.sub(r'^module\.', '', str(key)): tensor
-        for key, tensor in loaded.get('state_dict', loaded).items()
+        for key, tensor in checkpoint.get('state_dict', checkpoint).items()
         if isinstance(tensor, torch.Tensor)
     }
-    _check_backbone(model, state, checkpoint)
+    _check_backbone(model, state, path)
     wanted = model.state_dict()
     weights: Dict[str, torch.Tensor] = {}
     fresh: List[str] = []  # parts and layers that keep their weights
@@ -104,34 +138,12 @@ def load_pretrained(model: nn.Module, checkpoint: str) -> dict:
             weights.update((k, state[k]) for k in given if k not in other)
     model.load_state_dict(weights, strict=False)
     if fresh:
+        name = os.path.basename(path)
         print_log(
             f'loaded {name} except for the newly initialised '
             f'{", ".join(fresh)}',
             'current',
         )
-    return loaded.get('meta') or {}
-
-
-def _read_checkpoint(checkpoint: str) -> dict:
-    """Read a checkpoint from a path or URL, with tensors on the CPU."""
-    checkpoint = os.path.expanduser(checkpoint)
-    if '://' not in checkpoint:
-        if READS_RUNNER_CHECKPOINTS or not os.path.isfile(checkpoint):
-            return load_checkpoint_file(checkpoint)
-        return CheckpointLoader.load_checkpoint(checkpoint, 'cpu', 'silent')
-    try:
-        if re.match('https?://', checkpoint):
-            # Unlike mmengine, execute no code from the file.
-            return torch.hub.load_state_dict_from_url(
-                checkpoint,
-                map_location='cpu',
-                weights_only=READS_RUNNER_CHECKPOINTS,
-            )
-        return CheckpointLoader.load_checkpoint(checkpoint, 'cpu', 'silent')
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f'cannot load {checkpoint}: {str(error).splitlines()[0]}'
-        ) from error
 
 
 def _check_backbone(

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..preflight import build_model, class_names, read_config, type_name
 from ..shipped import shipped_folder
 from ..visualization.predictions import distinct_colour
-from .loading import load_pretrained
+from .loading import load_fitting_parts, read_checkpoint
 
 # Tasks by the names in the metafiles, which are those of OpenMMLab
 TASKS = {
@@ -154,21 +154,9 @@ def get_model(
             'num_classes must be an integer of at least 1, got '
             f'{num_classes!r}'
         )
-    if pretrained is False:  # as in mmpretrain
-        pretrained = None
-    elif pretrained is True:
-        if info.weights is None:
-            raise UserError(
-                f'there are no published weights of {info.name}: train it with'
-                f' python -m mmvvt train {info.name}, and give the path of the'
-                ' checkpoint as pretrained'
-            )
-        pretrained = info.weights
-    elif pretrained is not None and not isinstance(pretrained, (str, Path)):
-        raise UserError(
-            'pretrained must be a path, a URL, True or None, got '
-            f'{pretrained!r}'
-        )
+    path = _find_checkpoint(info, pretrained)
+    # Read first: a missing file is found before a large model is built.
+    checkpoint = {} if path is None else read_checkpoint(path)
     with _quiet():
         cfg = read_config(str(info.config))
     if type_name(cfg.model.backbone.get('init_cfg')) == 'Pretrained':
@@ -181,12 +169,32 @@ def get_model(
     with _quiet():
         model: Any = build_model(cfg)
         model.init_weights()
-    meta = (
-        {} if pretrained is None else load_pretrained(model, str(pretrained))
-    )
+    if path is not None:
+        load_fitting_parts(model, checkpoint, path)
     model = revert_sync_batchnorm(model).eval()
-    _describe(model, cfg, info, _class_names(cfg, meta, num_classes))
+    names = _class_names(cfg, checkpoint.get('meta') or {}, num_classes)
+    _describe(model, cfg, info, names)
     return model
+
+
+def _find_checkpoint(info: ModelInfo, pretrained: Any) -> Optional[str]:
+    """Return the path or URL that the argument ``pretrained`` stands for."""
+    if pretrained is None or pretrained is False:
+        return None
+    if pretrained is True and info.weights is None:
+        raise UserError(
+            f'there are no published weights of {info.name}: train it with '
+            f'python -m mmvvt train {info.name}, and give the path of the '
+            'checkpoint as pretrained'
+        )
+    if pretrained is True:
+        return info.weights
+    if not isinstance(pretrained, (str, Path)):
+        raise UserError(
+            'pretrained must be a path, a URL, True or None, got '
+            f'{pretrained!r}'
+        )
+    return str(pretrained)
 
 
 def _find_model(name: str) -> ModelInfo:
