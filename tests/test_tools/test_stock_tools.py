@@ -176,7 +176,7 @@ def classifier(mmpretrain_tools, digits, tmp_path_factory):
         '--auto-scale-lr',
         *digits,
         'train_cfg.max_epochs=1',
-        'param_scheduler.1.eta_min=0.',
+        'param_scheduler.1.eta_min_ratio=0.',
         'optim_wrapper.paramwise_cfg.layer_decay_rate=0.75',
     )
     return work_dir
@@ -200,7 +200,7 @@ def test_train_and_resume_with_layer_decay(
         classifier / 'epoch_1.pth',
         *digits,
         'train_cfg.max_epochs=2',
-        'param_scheduler.1.eta_min=0.',
+        'param_scheduler.1.eta_min_ratio=0.',
         'optim_wrapper.paramwise_cfg.layer_decay_rate=0.75',
     )
     assert 'resumed epoch: 1' in output
@@ -216,7 +216,7 @@ def test_constructor_of_mmpretrain(mmpretrain_tools, digits, tmp_path):
         tmp_path,
         *digits,
         'train_cfg.max_epochs=1',
-        'param_scheduler.1.eta_min=0.',
+        'param_scheduler.1.eta_min_ratio=0.',
         'optim_wrapper.constructor=LearningRateDecayOptimWrapperConstructor',
         'optim_wrapper.paramwise_cfg.layer_decay_rate=0.5',
     )
@@ -378,7 +378,7 @@ STEPS = [
     'default_hooks.checkpoint.interval=2',
     'default_hooks.logger.interval=1',
     'optim_wrapper.paramwise_cfg.layer_decay_rate=0.75',
-    'param_scheduler.1.eta_min=0.',
+    'param_scheduler.1.eta_min_ratio=0.',
 ]
 
 
