@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import READS_RUNNER_CHECKPOINTS, load_checkpoint_file
 from ..errors import CheckpointError, UserError
+from ..models import VVT
 from .config import build_model, type_name
 
 CONVERTER = 'tools/model_converters/official_to_mmvvt.py'
 INFLATER = 'tools/model_converters/inflate_input.py'
 FIRST_CONV = 'patch_embed1.proj.weight'
+# Names of the parameters of VVT
+STAGE = re.compile(r'(patch_embed|block|norm)\d+\.')
 
 
 def _pretrained(node, where: str = 'model') -> Iterator[Tuple[str, dict]]:
@@ -190,6 +193,31 @@ def _sort(
     return [key for key in wanted if key not in excluded], missing, other
 
 
+def _surplus(
+    module: nn.Module,
+    wanted: Dict[str, Tuple[int, ...]],
+    state: Dict[str, Any],
+) -> List[str]:
+    """Names of a VVT backbone that the file has and the model does not.
+
+    All tensors of a shallow VVT may have the shapes of those of a deep one,
+    whose other blocks would be left out without a word.
+    """
+    prefixes = [
+        f'{name}.' if name else ''
+        for name, part in module.named_modules()
+        if isinstance(part, VVT)
+    ]
+    return [
+        key
+        for key in state
+        for prefix in prefixes
+        if key.startswith(prefix)
+        and STAGE.match(key, len(prefix))
+        and key not in wanted
+    ]
+
+
 def _some(keys: List[str]) -> str:
     shown = ', '.join(keys[:3])
     return shown + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
@@ -273,12 +301,29 @@ def _check_fit(
         )
         hint = _channel_hint(key, found, wanted[key])
     else:
+        _check_surplus(what, module, wanted, state)
         return
     raise CheckpointError(
         f'{what} does not match the architecture of the model: '
         f'{len(missing)} of {len(wanted)} tensors are missing and '
         f'{len(other)} have a different shape; for example, {example}{hint}'
     )
+
+
+def _check_surplus(
+    what: str,
+    module: nn.Module,
+    wanted: Dict[str, Tuple[int, ...]],
+    state: Dict[str, Any],
+) -> None:
+    """Raise CheckpointError if a file is that of a larger VVT."""
+    surplus = _surplus(module, wanted, state)
+    if surplus:
+        raise CheckpointError(
+            f'{what} does not match the architecture of the model: '
+            f'{len(surplus)} tensors of the backbone are not in the model; '
+            f'for example, {surplus[0]}'
+        )
 
 
 def _unwrap(model: Any) -> Any:
@@ -378,7 +423,8 @@ def describe_weights(path: str, model: nn.Module, setting: str) -> List[str]:
 
     Raises:
         CheckpointError: If no tensor of the model, or none of its backbone,
-            is in the file. The message is one line.
+            is in the file, or if the file is that of a larger backbone. The
+            message is one line.
     """
     state = _read_state(path)
     if state is None:
@@ -402,6 +448,7 @@ def describe_weights(path: str, model: nn.Module, setting: str) -> List[str]:
                 f'{setting}={path} has no weights for the {what}, which '
                 f'would start from random weights: {why}'
             )
+    _check_surplus(f'{setting}={path}', _unwrap(model), wanted, names)
     reasons = []
     if missing:
         reasons.append(f'{_some(missing)} (not in the file)')
@@ -475,7 +522,8 @@ def check_checkpoint(path: str, model: nn.Module) -> None:
         model (nn.Module): Model to be tested.
 
     Raises:
-        CheckpointError: If tensors are missing in the checkpoint or have a
-            different shape. The message is one line.
+        CheckpointError: If tensors are missing in the checkpoint, have a
+            different shape, or if the file is that of a larger backbone. The
+            message is one line.
     """
     _check_fit(_unwrap(model), path, None, f'the checkpoint {path}')

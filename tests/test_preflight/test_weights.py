@@ -7,9 +7,10 @@ import torch
 from mmengine.config import Config
 
 from mmvvt.apis import Predictor
-from mmvvt.errors import UserError
+from mmvvt.errors import CheckpointError, UserError
 from mmvvt.preflight import (
     build_model,
+    check_checkpoint,
     check_testing,
     check_training,
     read_config,
@@ -165,6 +166,44 @@ def test_a_part_of_the_model(scope, state, tmp_path):
     assert with_init_cfg(scope, path, prefix=None).endswith(
         "its names start with 'backbone.'; set prefix='backbone.'"
     )
+
+
+@pytest.mark.parametrize(
+    'surplus',
+    [
+        'block3.1.attn.q_proj.weight',  # a deeper network
+        'block1.0.attn.sr.weight',
+        'patch_embed5.proj.weight',
+        'norm5.weight',
+    ],
+)
+def test_a_larger_backbone(scope, state, tmp_path, surplus):
+    """The tensors that both have may have the same shapes."""
+    larger = {**state, f'backbone.{surplus}': torch.ones(3)}
+    path = tmp_path / 'larger.pth'
+    torch.save(dict(state_dict=larger), path)
+    reason = (
+        'does not match the architecture of the model: 1 tensors of the '
+        'backbone are not in the model; for example, '
+    )
+    expected = f'{reason}backbone.{surplus}'
+    assert notes(scope, path) == f'load_from={path} {expected}'
+    assert with_init_cfg(scope, path) == (
+        f'the pretrained backbone in {path} {reason}{surplus}'
+    )
+    bare = tmp_path / 'bare.pth'
+    torch.save({k[len('backbone.') :]: t for k, t in larger.items()}, bare)
+    assert with_init_cfg(scope, bare, prefix=None).endswith(reason + surplus)
+
+    cfg = read_config(Config(dict(default_scope=scope, model=TASKS[scope])))
+    model = build_model(cfg)
+    torch.save({**model.state_dict(), **larger}, path)
+    with pytest.raises(CheckpointError) as caught:
+        check_checkpoint(str(path), model)
+    assert str(caught.value) == f'the checkpoint {path} {expected}'
+    # Tensors outside of the backbone may be left out.
+    torch.save({**model.state_dict(), 'auxiliary.block9.0': larger}, path)
+    check_checkpoint(str(path), model)
 
 
 def test_a_head_of_another_size(state, tmp_path):
