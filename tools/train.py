@@ -120,7 +120,7 @@ def merge_arguments(cfg, args):
             )
         cfg.optim_wrapper.type = 'AutoAmpOptimWrapper'
     if args.auto_scale_lr:
-        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
             raise UserError(
                 f'--auto-scale-lr needs auto_scale_lr.base_batch_size in '
                 f'{args.config}'

@@ -147,7 +147,7 @@ def num_processes(cfg: Config) -> int:
 
 def innermost_datasets(dataset: dict) -> Iterator[dict]:
     """Iterate over the dataset configs inside dataset wrappers."""
-    inner: List[dict] = list(dataset.get('datasets', []))
+    inner: List[dict] = list(dataset.get('datasets') or [])
     if isinstance(dataset.get('dataset'), dict):
         inner.append(dataset['dataset'])
     if not inner:

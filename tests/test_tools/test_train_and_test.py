@@ -446,6 +446,11 @@ IMAGENET = ROOT / 'configs/classification/vvt-tiny_8xb128_in1k.py'
         ),
         (
             'train.py',
+            [DEMO, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'],
+            f'--auto-scale-lr needs auto_scale_lr.base_batch_size in {DEMO}',
+        ),
+        (
+            'train.py',
             [
                 DEMO,
                 '--amp',
