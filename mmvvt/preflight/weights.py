@@ -9,12 +9,15 @@ from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
-from ..checkpoint import READS_RUNNER_CHECKPOINTS, load_checkpoint_file
+from ..checkpoint import (
+    CONVERTER,
+    READS_RUNNER_CHECKPOINTS,
+    load_checkpoint_file,
+)
 from ..errors import CheckpointError, UserError
 from ..models import VVT
 from .config import build_model, type_name
 
-CONVERTER = 'tools/model_converters/official_to_mmvvt.py'
 INFLATER = 'tools/model_converters/inflate_input.py'
 FIRST_CONV = 'patch_embed1.proj.weight'
 # Names of the parameters of VVT
