@@ -19,7 +19,8 @@ class AttentionMap(NamedTuple):
 
     Attributes:
         similarity (Tensor): Attention without the vicinity weight, computed
-            from ``relu(q) . relu(k)`` alone, of shape ``(heads, h, w)``.
+            from ``relu(q) . relu(k)`` alone, of shape ``(heads, h, w)``. For
+            softmax attention, it is the attention.
         vicinity (Tensor): Vicinity weight of each key, ``(h, w)``.
         attention (Tensor): Attention of the model, ``(heads, h, w)``.
     """
@@ -95,7 +96,13 @@ def attention_map(
     q = layer.q_proj(x[:, index : index + 1])  # (1, 1, C / fr)
     k = layer.k_proj(source)  # (1, M, C / fr)
     dtype = torch.promote_types(k.dtype, torch.float32)
-    q, k = (layer._split_heads(t).to(dtype).relu()[0] for t in (q, k))
+    q, k = (layer._split_heads(t).to(dtype)[0] for t in (q, k))
+    if layer.attention == 'softmax':
+        # (heads, M, d) @ (heads, d, 1) -> (heads, M, 1) -> (heads, h, w)
+        scores = k @ q.transpose(-2, -1) * k.shape[-1] ** -0.5
+        maps = scores.softmax(dim=1).reshape(-1, *key_shape)
+        return AttentionMap(maps, maps.new_ones(key_shape), maps)
+    q, k = q.relu(), k.relu()
     # (heads, M, d) @ (heads, d, 1) -> (heads, M, 1) -> (heads, h, w)
     similarity = (k @ q.transpose(-2, -1)).reshape(-1, *key_shape)
     vicinity = vicinity_map(

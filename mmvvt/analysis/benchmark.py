@@ -113,8 +113,16 @@ class Timing:
     high: float
 
 
-def machine_line() -> str:
-    """Describe the device, the number of threads and the versions."""
+def machine_line(threads: Optional[int] = None) -> str:
+    """Describe the device, the number of threads and the versions.
+
+    Args:
+        threads (int, optional): Number of threads. Defaults to None, that of
+            this process.
+
+    Returns:
+        str: One line.
+    """
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -129,7 +137,7 @@ def machine_line() -> str:
         except (OSError, StopIteration):
             pass  # not Linux
     return (
-        f'{device}, {torch.get_num_threads()} threads, Python '
+        f'{device}, {threads or torch.get_num_threads()} threads, Python '
         f'{platform.python_version()}, torch {torch.__version__}'
     )
 

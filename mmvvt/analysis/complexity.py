@@ -6,6 +6,7 @@ from typing import Any, List, Tuple
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import ConvMLP, VicinityAttention
@@ -136,7 +137,8 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
             attention.clamp = True
         device = next(model.parameters()).device
         counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
+        # PyTorch does not count all of its fused kernels of softmax attention.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             _run(model, torch.zeros(input_shape, device=device))
     finally:
         for module, backend in zip(both, backends):

@@ -7,7 +7,7 @@ import torch
 
 from ..analysis.attention import AttentionMap, attention_map
 from ..errors import UserError
-from ..models import VVT
+from ..models import VVT, VicinityAttention
 from ..models.vvt import VVTBlock
 from .predictor import Predictor
 
@@ -39,6 +39,12 @@ def _find_blocks(model: Any, names: Sequence[str]) -> Tuple[VVT, dict]:
         if name not in blocks:
             raise UserError(
                 f'no block {name}; the blocks are {", ".join(blocks)}'
+            )
+        attn: Any = blocks[name].attn
+        if not isinstance(attn, VicinityAttention):
+            raise UserError(
+                f'{name} has no attention maps: its attention is a '
+                f'{type(attn).__name__}'
             )
     return backbones[0], {name: blocks[name] for name in names}
 
@@ -93,8 +99,9 @@ def attention_maps(
         AttentionMaps: Input of the network, and the maps.
 
     Raises:
-        UserError: If the model has no VVT backbone, a block does not exist, a
-            point is outside the image, or the image cannot be processed.
+        UserError: If the model has no VVT backbone, a block does not exist or
+            has a global context block in place of attention, a point is
+            outside the image, or the image cannot be processed.
     """
     for x, y in points:
         if not (0 <= x <= 1 and 0 <= y <= 1):

@@ -1,7 +1,7 @@
 """The VVT backbone and its building blocks."""
 
-from .attention import VicinityAttention
+from .attention import GlobalContext, VicinityAttention
 from .mlp import ConvMLP
 from .vvt import VVT
 
-__all__ = ['VVT', 'ConvMLP', 'VicinityAttention']
+__all__ = ['VVT', 'ConvMLP', 'GlobalContext', 'VicinityAttention']

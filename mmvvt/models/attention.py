@@ -1,9 +1,11 @@
-"""Vicinity attention with FRA and FPC."""
+"""Vicinity attention with FRA and FPC, and its ablation variants."""
 
-from typing import Tuple
+from typing import Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from mmcv.cnn.bricks import ContextBlock
 from mmengine.model import BaseModule
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from mmvvt.ops import (
 from mmvvt.ops.reference import magnitude_clamp as plain_magnitude_clamp
 from mmvvt.ops.unflatten import unflatten
 
+ATTENTIONS = ('vicinity', 'softmax', 'global_context')
+
 
 class VicinityAttention(BaseModule):
     """Vicinity attention of *Vicinity Vision Transformer* (arXiv 2206.10552).
@@ -26,6 +30,9 @@ class VicinityAttention(BaseModule):
     of channels of queries, keys and values. FPC multiplies the output by a
     squeeze-and-excitation gate computed from the input, and adds the product
     to the output.
+
+    For ablation studies, softmax attention takes the place of the linear
+    attention, with the same FRA and FPC, and the FPC can be removed.
 
     Args:
         embed_dims (int): Number of input and output channels C.
@@ -38,12 +45,20 @@ class VicinityAttention(BaseModule):
         se_ratio (int): Channel reduction ratio of the hidden layer of the
             FPC gate. Defaults to 1, as in all published models.
         locality (str): Type of locality: 'sum', 'product', '1d' or 'none',
-            see :func:`mmvvt.ops.vicinity_attention`. Defaults to 'sum'.
+            see :func:`mmvvt.ops.vicinity_attention`. Softmax attention has
+            no locality and allows only the default. Defaults to 'sum'.
         clamp (bool): Whether to apply the six magnitude clamps of the
-            official code, which published checkpoints require. Defaults to
-            True.
+            official code, which published checkpoints require. Softmax
+            attention has only the last two, of the output projection and of
+            the FPC. Defaults to True.
         eps (float): Value added to the denominator of the attention, the sum
-            of the attention weights. Defaults to 1e-4.
+            of the attention weights. Not used by softmax attention. Defaults
+            to 1e-4.
+        attention (str): 'vicinity', or 'softmax' for scaled dot-product
+            attention, whose cost is quadratic in the number of tokens.
+            Defaults to 'vicinity'.
+        fpc (bool): Whether to use the feature preserving connection. Defaults
+            to True.
         backend (str): 'auto', 'torch', 'triton' or 'reference'. 'reference'
             is the reference implementation; every other backend is tested
             against it. 'auto' uses the faster of 'torch' and 'triton' on a
@@ -52,8 +67,8 @@ class VicinityAttention(BaseModule):
 
     Raises:
         UserError: If ``embed_dims`` is not divisible by
-            ``fr_ratio * num_heads`` or by ``se_ratio``, or if the locality or
-            the backend is unknown.
+            ``fr_ratio * num_heads`` or by ``se_ratio``, or if the attention,
+            the locality or the backend is unknown.
         BackendError: If the backend cannot run; the message gives the reason.
     """
 
@@ -67,10 +82,17 @@ class VicinityAttention(BaseModule):
         locality: str = 'sum',
         clamp: bool = True,
         eps: float = 1e-4,
+        attention: str = 'vicinity',
+        fpc: bool = True,
         backend: str = 'auto',
         init_cfg=None,
     ):
         super().__init__(init_cfg)
+        if attention not in ('vicinity', 'softmax'):
+            raise UserError(
+                "attention must be 'vicinity' or 'softmax', got "
+                f'{attention!r}'
+            )
         if embed_dims % (fr_ratio * num_heads):
             raise UserError(
                 f'embed_dims {embed_dims} must be divisible by '
@@ -86,7 +108,13 @@ class VicinityAttention(BaseModule):
             raise UserError(
                 f'locality must be one of {LOCALITIES}, got {locality!r}'
             )
+        if attention == 'softmax' and locality != 'sum':
+            raise UserError(
+                "attention='softmax' has no locality, got "
+                f'locality={locality!r}'
+            )
         check_backend(backend)
+        self.attention = attention
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.locality = locality
@@ -100,11 +128,15 @@ class VicinityAttention(BaseModule):
         self.v_proj = nn.Linear(embed_dims, reduced_dims)
         self.out_proj = nn.Linear(reduced_dims, embed_dims)
         # Squeeze-and-excitation gate of the FPC.
-        self.se_fc = nn.Sequential(
-            nn.Linear(embed_dims, embed_dims // se_ratio, bias=False),
-            nn.ReLU(),
-            nn.Linear(embed_dims // se_ratio, embed_dims, bias=False),
-            nn.Sigmoid(),
+        self.se_fc = (
+            nn.Sequential(
+                nn.Linear(embed_dims, embed_dims // se_ratio, bias=False),
+                nn.ReLU(),
+                nn.Linear(embed_dims // se_ratio, embed_dims, bias=False),
+                nn.Sigmoid(),
+            )
+            if fpc
+            else None
         )
         if sr_ratio > 1:
             self.sr = nn.Conv2d(
@@ -153,24 +185,121 @@ class VicinityAttention(BaseModule):
                 f'{spatial_shape[0] * spatial_shape[1]} tokens, but x has '
                 f'{x.shape[1]}'
             )
-        gate = self.se_fc(x.mean(dim=1, keepdim=True))  # (B, 1, C)
         source, key_shape = self._reduce_grid(x, spatial_shape)
-        out = vicinity_attention(
-            self._split_heads(self.q_proj(x)),
-            self._split_heads(self.k_proj(source)),
-            self._split_heads(self.v_proj(source)),
-            spatial_shape,
-            key_shape=key_shape,
-            locality=self.locality,
-            clamp=self.clamp,
-            eps=self.eps,
-            backend=self.backend,
-        )
+        q = self._split_heads(self.q_proj(x))  # (B, heads, N, d)
+        k = self._split_heads(self.k_proj(source))  # (B, heads, M, d)
+        v = self._split_heads(self.v_proj(source))  # (B, heads, M, d)
+        if self.attention == 'softmax':
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = vicinity_attention(
+                q,
+                k,
+                v,
+                spatial_shape,
+                key_shape=key_shape,
+                locality=self.locality,
+                clamp=self.clamp,
+                eps=self.eps,
+                backend=self.backend,
+            )
         # (B, heads, N, d) -> (B, N, heads, d) -> (B, N, C / fr)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = self._clamp(self.out_proj(out.transpose(1, 2).flatten(2)))
+        if self.se_fc is None:
+            return out
+        gate = self.se_fc(x.mean(dim=1, keepdim=True))  # (B, 1, C)
+        return self._clamp(torch.addcmul(out, out, gate))  # out + out * gate
+
+    def _clamp(self, out: Tensor) -> Tensor:
         if not self.clamp:
-            return torch.addcmul(out, out, gate)  # out + out * gate
+            return out
         plain = check_backend(self.backend) == 'reference'
-        clamp = plain_magnitude_clamp if plain else magnitude_clamp
-        out = clamp(out)
-        return clamp(torch.addcmul(out, out, gate))
+        return (plain_magnitude_clamp if plain else magnitude_clamp)(out)
+
+
+class GlobalContext(BaseModule):
+    """Global context block, an ablation variant in place of the attention.
+
+    Every token gets the same vector: a weighted average of all tokens,
+    transformed by two 1x1 convolutions. The weights of the average are a
+    softmax over the tokens. It is the block of *GCNet* (arXiv 1904.11492) as
+    implemented in mmcv, with its residual connection: the output is the input
+    plus that vector.
+
+    Args:
+        embed_dims (int): Number of input and output channels C.
+        ratio (float): Ratio of the hidden channels of the transform to C.
+            Defaults to 0.25.
+        init_cfg (dict, optional): Initialisation config. Defaults to None.
+
+    Raises:
+        UserError: If ``embed_dims * ratio`` is less than 1.
+    """
+
+    def __init__(self, embed_dims: int, ratio: float = 0.25, init_cfg=None):
+        super().__init__(init_cfg)
+        if embed_dims * ratio < 1:
+            raise UserError(
+                'embed_dims * ratio must be at least 1, got '
+                f'{embed_dims} * {ratio}'
+            )
+        self.context = ContextBlock(embed_dims, ratio)
+
+    def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
+        """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
+        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)
+        x = self.context(unflatten(x, 1, spatial_shape).permute(0, 3, 1, 2))
+        # (B, C, h, w) -> (B, C, N) -> (B, N, C)
+        return x.flatten(2).transpose(1, 2)
+
+
+def build_attention(
+    embed_dims: int,
+    num_heads: int,
+    fr_ratio: int,
+    sr_ratio: int,
+    attention: str = 'vicinity',
+    **kwargs,
+) -> Union[VicinityAttention, GlobalContext]:
+    """Build the attention of a block, or its ablation variant.
+
+    Args:
+        embed_dims (int): Number of input and output channels C.
+        num_heads (int): Number of attention heads.
+        fr_ratio (int): Feature reduction ratio.
+        sr_ratio (int): Spatial reduction ratio.
+        attention (str): 'vicinity' or 'softmax' for
+            :class:`VicinityAttention`, 'global_context' for
+            :class:`GlobalContext`, which has neither heads nor ratios.
+            Defaults to 'vicinity'.
+        **kwargs: Further arguments of the class. 'global_context' accepts and
+            ignores ``backend``, which also selects that of the MLP.
+
+    Returns:
+        VicinityAttention | GlobalContext: The module.
+
+    Raises:
+        UserError: If the attention is unknown, or an argument is invalid or
+            has no meaning for it.
+    """
+    if attention not in ATTENTIONS:
+        raise UserError(
+            f'attention must be one of {ATTENTIONS}, got {attention!r}'
+        )
+    if attention == 'global_context':
+        check_backend(kwargs.pop('backend', 'auto'))
+        unknown = sorted(set(kwargs) - {'ratio'})
+        if unknown:
+            raise UserError(
+                "attention='global_context' has the argument ratio only, got "
+                f'{", ".join(unknown)}'
+            )
+        return GlobalContext(embed_dims, **kwargs)
+    return VicinityAttention(
+        embed_dims,
+        num_heads,
+        fr_ratio=fr_ratio,
+        sr_ratio=sr_ratio,
+        attention=attention,
+        **kwargs,
+    )

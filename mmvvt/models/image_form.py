@@ -23,7 +23,7 @@ from mmvvt.ops.unflatten import unflatten
 
 from .stock import StockLayer, find_difference, is_unmodified
 from .strips import LAYERS
-from .vvt import VVT, OverlapPatchEmbed, VVTBlock
+from .vvt import VVT, PatchEmbed, VVTBlock
 
 NORMS = ('tokens', 'channels')
 PATCH_EMBED = dict(proj=StockLayer(nn.Conv2d), norm=StockLayer(nn.LayerNorm))
@@ -185,7 +185,7 @@ class _ImageBlock(nn.Module):
 
 
 class _TokenBlock(nn.Module):
-    """A block whose layers have been modified; they are called as usual."""
+    """A block with layers of another form; they are called as usual."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -201,7 +201,7 @@ class _TokenBlock(nn.Module):
 
 
 class _TokenEmbed(nn.Module):
-    """A patch embedding that has been modified; it is called as usual."""
+    """A patch embedding of another form; it is called as usual."""
 
     def __init__(self, patch_embed: nn.Module):
         super().__init__()
@@ -217,8 +217,8 @@ class _TokenEmbed(nn.Module):
 class ImageForm(nn.Module):
     """A VVT in evaluation mode, computed on images.
 
-    Blocks whose layers have been replaced, modified or hooked call their
-    layers, see :mod:`mmvvt.models.stock`.
+    Ablation variants, and blocks whose layers have been replaced, modified or
+    hooked, call their layers, see :mod:`mmvvt.models.stock`.
 
     Args:
         vvt (VVT): The backbone. Its layers are shared, not copied.
@@ -254,7 +254,9 @@ class ImageForm(nn.Module):
     @staticmethod
     def _embed_form(patch_embed: Any, norm: str, x: Tensor) -> nn.Module:
         if (
-            is_unmodified(patch_embed, OverlapPatchEmbed)
+            is_unmodified(patch_embed, PatchEmbed)
+            and patch_embed.overlap  # otherwise, it pads the image
+            and patch_embed.pos_embed is None
             and find_difference(patch_embed, PATCH_EMBED, x) is None
         ):
             return nn.Sequential(

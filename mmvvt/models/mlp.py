@@ -70,6 +70,8 @@ class ConvMLP(BaseModule):
         hidden_dims (int): Number of hidden channels.
         drop_rate (float): Dropout rate after the GELU and after the second
             linear layer. Defaults to 0.
+        dwconv (bool): Whether to use the depthwise convolution. Without it,
+            an ablation variant, this is the MLP of ViT. Defaults to True.
         backend (str): 'auto', 'torch', 'triton' or 'reference'. 'triton'
             fuses the convolution and the GELU in one kernel; 'reference'
             copies the tokens to a contiguous ``(B, C, h, w)`` tensor before
@@ -88,15 +90,15 @@ class ConvMLP(BaseModule):
         embed_dims: int,
         hidden_dims: int,
         drop_rate: float = 0.0,
+        dwconv: bool = True,
         backend: str = 'auto',
         init_cfg=None,
     ):
         super().__init__(init_cfg)
+        plain = check_backend(backend) == 'reference'
         self.backend = backend
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.dwconv = DWConv(
-            hidden_dims, plain=check_backend(backend) == 'reference'
-        )
+        self.dwconv = DWConv(hidden_dims, plain) if dwconv else None
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
@@ -123,8 +125,10 @@ class ConvMLP(BaseModule):
         """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
         x = self.fc1(x)
         if self._is_fused(x):
-            conv: Any = self.dwconv.dwconv
+            conv: Any = getattr(self.dwconv, 'dwconv')
             x = dwconv_gelu(x, conv.weight, conv.bias, spatial_shape)
+        elif self.dwconv is None:
+            x = self.act(x)
         else:
             x = self.act(self.dwconv(x, spatial_shape))
         return self.drop(self.fc2(self.drop(x)))

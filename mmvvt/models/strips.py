@@ -49,7 +49,9 @@ def _linear(weight: str, bias: Optional[str]) -> StockLayer:
 # number of hidden channels of the MLP.
 LAYERS = {
     'norm1': _layer_norm(),
-    'attn': StockLayer(VicinityAttention, settings=dict(sr_ratio=1)),
+    'attn': StockLayer(
+        VicinityAttention, settings=dict(sr_ratio=1, attention='vicinity')
+    ),
     'attn.q_proj': _linear('RC', 'R'),
     'attn.k_proj': _linear('RC', 'R'),
     'attn.v_proj': _linear('RC', 'R'),

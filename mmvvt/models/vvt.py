@@ -3,11 +3,12 @@
 import math
 import re
 import warnings
-from typing import Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
@@ -21,7 +22,7 @@ from mmvvt.ops.autograd import in_torch_func
 from mmvvt.ops.unflatten import unflatten
 
 from . import strips
-from .attention import VicinityAttention
+from .attention import build_attention
 from .mlp import ConvMLP
 
 MIN_SIZE = 32
@@ -52,8 +53,11 @@ class VVTBlock(BaseModule):
         with_cp (bool): Whether to use activation checkpointing, which
             recomputes the block in the backward pass instead of saving its
             activations. Defaults to False.
-        attn_cfg (dict): Further arguments of :class:`VicinityAttention`.
-            Defaults to an empty dict.
+        attn_cfg (dict): Further arguments of
+            :func:`mmvvt.models.attention.build_attention`. Defaults to an
+            empty dict.
+        mlp_cfg (dict): Further arguments of :class:`ConvMLP`. Defaults to an
+            empty dict.
         init_cfg (dict, optional): Initialisation config. Defaults to None.
     """
 
@@ -68,13 +72,14 @@ class VVTBlock(BaseModule):
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
         attn_cfg: dict = dict(),
+        mlp_cfg: dict = dict(),
         init_cfg=None,
     ):
         super().__init__(init_cfg)
         self.with_cp = with_cp
         self.hidden_dims = embed_dims * mlp_ratio
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = VicinityAttention(
+        self.attn = build_attention(
             embed_dims,
             num_heads,
             fr_ratio=fr_ratio,
@@ -87,6 +92,7 @@ class VVTBlock(BaseModule):
             self.hidden_dims,
             drop_rate,
             backend=attn_cfg.get('backend', 'auto'),
+            **mlp_cfg,
         )
         self.drop_path = DropPath(drop_path_rate)
 
@@ -105,16 +111,46 @@ class VVTBlock(BaseModule):
         return self._forward(x, spatial_shape)
 
 
-class OverlapPatchEmbed(BaseModule):
-    """Overlapping patch embedding: strided convolution and LayerNorm.
+class PositionEmbedding(BaseModule):
+    """Learned position embedding, resized to any grid.
 
-    Neighbouring patches overlap if the kernel is larger than the stride.
+    Args:
+        embed_dims (int): Number of channels C.
+        spatial_shape (tuple[int, int]): Grid ``(h, w)`` of the learned table.
+        init_cfg (dict, optional): Initialisation config. Defaults to None.
+    """
+
+    def __init__(
+        self, embed_dims: int, spatial_shape: Tuple[int, int], init_cfg=None
+    ):
+        super().__init__(init_cfg)
+        self.table = nn.Parameter(torch.empty(1, embed_dims, *spatial_shape))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
+        """Add the embedding to ``(B, N, C)`` on the grid ``(h, w)``."""
+        # At the size of the table, this returns the table.
+        table = F.interpolate(
+            self.table, spatial_shape, mode='bilinear', align_corners=False
+        )
+        # (1, C, h, w) -> (1, C, N) -> (1, N, C)
+        return x + table.flatten(2).transpose(1, 2)
+
+
+class PatchEmbed(BaseModule):
+    """Patch embedding: strided convolution and LayerNorm.
 
     Args:
         in_channels (int): Number of input channels.
-        embed_dims (int): Number of output channels.
-        kernel_size (int): Kernel size of the convolution.
-        stride (int): Stride of the convolution.
+        embed_dims (int): Number of output channels C.
+        stride (int): Stride s of the convolution.
+        overlap (bool): Whether neighbouring patches overlap: the kernel size
+            is 2 * s - 1, with a padding of s - 1 pixels. Without overlap, an
+            ablation variant, the kernel size is s, and the right and lower
+            edges are padded to a multiple of s. Defaults to True.
+        pos_embed_shape (tuple[int, int], optional): Grid ``(h, w)`` of a
+            learned position embedding, an ablation variant. Defaults to None,
+            no position embedding.
         init_cfg (dict, optional): Initialisation config. Defaults to None.
     """
 
@@ -122,29 +158,50 @@ class OverlapPatchEmbed(BaseModule):
         self,
         in_channels: int,
         embed_dims: int,
-        kernel_size: int,
         stride: int,
+        overlap: bool = True,
+        pos_embed_shape: Optional[Tuple[int, int]] = None,
         init_cfg=None,
     ):
         super().__init__(init_cfg)
+        self.stride = stride
+        self.overlap = overlap
         self.proj = nn.Conv2d(
             in_channels,
             embed_dims,
-            kernel_size,
+            kernel_size=2 * stride - 1 if overlap else stride,
             stride=stride,
-            padding=kernel_size // 2,
+            padding=stride - 1 if overlap else 0,
         )
         self.norm = nn.LayerNorm(embed_dims, eps=1e-5)
+        self.pos_embed = (
+            None
+            if pos_embed_shape is None
+            else PositionEmbedding(embed_dims, pos_embed_shape)
+        )
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
-        """Map ``(B, C_in, H, W)`` to ``(B, h * w, C)`` and ``(h, w)``."""
+        """Map ``(B, C_in, H, W)`` to ``(B, h * w, C)`` and ``(h, w)``.
+
+        The grid has h = ceil(H / s) rows and w = ceil(W / s) columns.
+        """
+        if not self.overlap:
+            # Compilers do not support the modulo of negative sizes.
+            bottom, right = (
+                (self.stride - length % self.stride) % self.stride
+                for length in x.shape[2:]
+            )
+            x = F.pad(x, (0, right, 0, bottom))
         if not in_torch_func():  # vmap has no memory formats
             # Channels last: the tokens are a view of the convolution output.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.proj(x)  # (B, C, h, w)
         spatial_shape = (x.shape[2], x.shape[3])
         # (B, C, h, w) -> (B, C, N) -> (B, N, C)
-        return self.norm(x.flatten(2).transpose(1, 2)), spatial_shape
+        x = self.norm(x.flatten(2).transpose(1, 2))
+        if self.pos_embed is not None:
+            x = self.pos_embed(x, spatial_shape)
+        return x, spatial_shape
 
 
 @MODELS.register_module()
@@ -158,6 +215,9 @@ class VVT(BaseModule):
     vicinity attention is linear in the number of tokens. There are no
     position embeddings, so inputs may have any size of at least 32 x 32
     pixels. Submodules have the same names as in the official checkpoints.
+
+    ``attn_cfg``, ``mlp_cfg`` and ``patch_cfg`` select ablation variants, which
+    cannot load the published checkpoints.
 
     Args:
         arch (str | dict): Architecture: 'tiny', 'small', 'medium', 'large' or
@@ -178,11 +238,22 @@ class VVT(BaseModule):
             slows down training. Defaults to False.
         attn_cfg (dict): Further arguments of
             :class:`mmvvt.models.VicinityAttention`: ``locality``, ``clamp``,
-            ``eps``, ``se_ratio`` and ``backend``. Defaults to an empty dict.
+            ``eps``, ``se_ratio``, ``fpc``, ``backend``, and ``attention``:
+            'vicinity', 'softmax' or 'global_context', for which ``ratio`` is
+            allowed instead, see :class:`mmvvt.models.GlobalContext`. Defaults
+            to an empty dict.
         init_cfg (dict | list[dict], optional): Initialisation config. Defaults
             to None, the initialisation of the official code.
         pretrained (None): Not supported: weights are loaded with
             ``init_cfg``. Only None is allowed. Defaults to None.
+        mlp_cfg (dict): ``dwconv=False`` removes the depthwise convolution of
+            the MLPs. Defaults to an empty dict.
+        patch_cfg (dict): ``overlap=False`` selects patch embeddings without
+            overlap, with kernel sizes 4, 2, 2 and 2. ``pos_embed_size``, the
+            height and width of an image in pixels or one number for both,
+            adds a learned position embedding to each of them, with the grid
+            that such an image has; it is resized bilinearly for other images.
+            Defaults to an empty dict.
 
     Raises:
         UserError: If an argument is invalid.
@@ -206,6 +277,8 @@ class VVT(BaseModule):
         attn_cfg: dict = dict(),
         init_cfg: Optional[Union[dict, list]] = None,
         pretrained: None = None,
+        mlp_cfg: dict = dict(),
+        patch_cfg: dict = dict(),
     ):
         super().__init__(init_cfg)
         if pretrained is not None:
@@ -232,16 +305,19 @@ class VVT(BaseModule):
             if not 0.0 <= rate < 1.0:
                 raise UserError(f'{name} must be in [0, 1), got {rate!r}')
 
+        for name, cfg, allowed in (
+            ('mlp_cfg', mlp_cfg, ('dwconv',)),
+            ('patch_cfg', patch_cfg, ('overlap', 'pos_embed_size')),
+        ):
+            if not set(cfg) <= set(allowed):
+                raise UserError(
+                    f'{name} allows the keys {allowed}, got {list(cfg)}'
+                )
+
         self.depths = depths = settings['depths']
         drop_path_rates = np.linspace(0, drop_path_rate, sum(depths)).tolist()
+        patch_embeds = self._build_patch_embeds(**patch_cfg)
         for i, dims in enumerate(self.embed_dims):
-            first = i == 0
-            patch_embed = OverlapPatchEmbed(
-                in_channels if first else self.embed_dims[i - 1],
-                dims,
-                kernel_size=7 if first else 3,
-                stride=4 if first else 2,
-            )
             blocks = nn.ModuleList(
                 VVTBlock(
                     dims,
@@ -253,13 +329,41 @@ class VVT(BaseModule):
                     drop_path_rate=drop_path_rates.pop(0),
                     with_cp=with_cp,
                     attn_cfg=attn_cfg,
+                    mlp_cfg=mlp_cfg,
                 )
                 for _ in range(depths[i])
             )
-            self.add_module(f'patch_embed{i + 1}', patch_embed)
+            self.add_module(f'patch_embed{i + 1}', patch_embeds[i])
             self.add_module(f'block{i + 1}', blocks)
             self.add_module(f'norm{i + 1}', nn.LayerNorm(dims, eps=1e-6))
         self._freeze_stages()
+
+    def _build_patch_embeds(
+        self,
+        overlap: bool = True,
+        pos_embed_size: Union[int, Tuple[int, int], None] = None,
+    ) -> List[PatchEmbed]:
+        """Build the patch embeddings of all stages, see ``patch_cfg``."""
+        size = pos_embed_size
+        if isinstance(size, int):
+            size = (size, size)
+        if size is not None and not (
+            len(size) == 2 and all(length >= MIN_SIZE for length in size)
+        ):
+            raise UserError(
+                "patch_cfg['pos_embed_size'] must be one or two numbers of "
+                f'at least {MIN_SIZE} pixels, got {pos_embed_size!r}'
+            )
+        channels = [self.in_channels, *self.embed_dims]
+        patch_embeds = []
+        for i, dims in enumerate(self.embed_dims):
+            stride = 4 if i == 0 else 2  # to the previous stage
+            total = 4 * 2**i  # to the image
+            shape = size and (-(-size[0] // total), -(-size[1] // total))
+            patch_embeds.append(
+                PatchEmbed(channels[i], dims, stride, overlap, shape)
+            )
+        return patch_embeds
 
     @staticmethod
     def _check_out_indices(
@@ -310,6 +414,8 @@ class VVT(BaseModule):
                 trunc_normal_init(module, std=0.02, bias=0.0)
             elif isinstance(module, nn.LayerNorm):
                 constant_init(module, val=1, bias=0)
+            elif isinstance(module, PositionEmbedding):
+                nn.init.trunc_normal_(module.table, std=0.02)
             elif isinstance(module, nn.Conv2d):
                 # mmengine's KaimingInit does not divide the fan by the groups.
                 fan_out = (

@@ -1,0 +1,4 @@
+# Linear attention without locality.
+_base_ = '../classification/vvt-tiny_8xb128_cifar100.py'
+
+model = dict(backbone=dict(attn_cfg=dict(locality='none')))

@@ -1,0 +1,4 @@
+# Softmax attention in place of vicinity attention.
+_base_ = '../classification/vvt-tiny_8xb128_cifar100.py'
+
+model = dict(backbone=dict(attn_cfg=dict(attention='softmax')))

@@ -1,0 +1,320 @@
+"""Ablation grids: variants of a config, and the table of their results."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import statistics
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import yaml
+from mmengine.config import Config
+
+from ..errors import MissingFileError, UserError
+from ..fileio import atomic_write
+
+REQUIRED_KEYS = ('config', 'metric', 'input_size', 'seeds', 'variants')
+DIGEST_LENGTH = 10
+
+
+@dataclass
+class Grid:
+    """An ablation grid, as read by :func:`read_grid`.
+
+    Attributes:
+        name (str): Name of the file without its extension.
+        config (str): Path or name of the base config of all variants.
+        metric (str): Metric of the validation, such as 'accuracy/top1'.
+        input_size (int): Height and width of the images for which the
+            multiply-adds are counted, in pixels.
+        seeds (list[int]): Seeds of the runs of each variant.
+        variants (dict[str, dict]): For each variant, the settings that differ
+            from the base config: dotted keys and values, as in
+            ``--cfg-options``.
+    """
+
+    name: str
+    config: str
+    metric: str
+    input_size: int
+    seeds: List[int]
+    variants: Dict[str, Dict[str, Any]]
+
+
+@dataclass
+class Result:
+    """Result of one run, a row of the CSV file.
+
+    Attributes:
+        variant (str): Name of the variant.
+        seed (int): Seed of the run.
+        metric (str): Name of the metric.
+        value (float): Metric of the last validation.
+        seconds (float): Wall-clock time of the run.
+        parameters (int): Number of elements of all parameters.
+        multiply_adds (int): Multiply-adds for one image of ``input_size``.
+        config (str): Digest of the complete config without the seed. Results
+            with different digests are of different experiments.
+        machine (str): Machine, threads and versions.
+    """
+
+    variant: str
+    seed: int
+    metric: str
+    value: float
+    seconds: float
+    parameters: int
+    multiply_adds: int
+    config: str
+    machine: str
+
+
+@dataclass
+class Summary:
+    """All results of one variant.
+
+    Attributes:
+        variant (str): Name of the variant.
+        values (list[float]): The metric of each seed.
+        mean (float): Mean of the values.
+        std (float): Sample standard deviation, NaN for a single value.
+        parameters (int): Number of elements of all parameters.
+        multiply_adds (int): Multiply-adds for one image.
+    """
+
+    variant: str
+    values: List[float]
+    mean: float
+    std: float
+    parameters: int
+    multiply_adds: int
+
+
+def read_grid(path: str) -> Grid:
+    """Read an ablation grid from a YAML file.
+
+    The file has the keys ``config``, ``metric``, ``input_size``, ``seeds`` and
+    ``variants``, see :class:`Grid`. A relative path of the config is searched
+    next to the file first.
+
+    Args:
+        path (str): Path of the YAML file.
+
+    Returns:
+        Grid: The grid.
+
+    Raises:
+        MissingFileError: If the file does not exist.
+        UserError: If the file is not valid.
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+    except FileNotFoundError as error:
+        raise MissingFileError(f'no such grid file: {path}') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{path} is not valid YAML: {reason}') from error
+    if not isinstance(content, dict) or set(content) != set(REQUIRED_KEYS):
+        found = list(content) if isinstance(content, dict) else content
+        raise UserError(
+            f'{path} must have the keys {", ".join(REQUIRED_KEYS)}, got '
+            f'{found!r}'
+        )
+    for key, kind in (('config', str), ('metric', str), ('input_size', int)):
+        if not isinstance(content[key], kind):
+            raise UserError(
+                f'{path}: {key} must be of type {kind.__name__}, got '
+                f'{content[key]!r}'
+            )
+    seeds, variants = content['seeds'], content['variants']
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(type(seed) is int and seed >= 0 for seed in seeds)
+        or len(set(seeds)) != len(seeds)
+    ):
+        raise UserError(
+            f'{path}: seeds must be a list of different integers of at least '
+            f'0, got {seeds!r}'
+        )
+    if not isinstance(variants, dict) or not variants:
+        raise UserError(
+            f'{path}: variants must map names to settings, got {variants!r}'
+        )
+    for name, settings in variants.items():
+        if not isinstance(settings, dict):
+            raise UserError(
+                f'{path}: the settings of {name} must be a mapping, {{}} for '
+                f'none, got {settings!r}'
+            )
+    beside = Path(path).parent / content['config']
+    return Grid(
+        name=Path(path).stem,
+        config=str(beside if beside.is_file() else content['config']),
+        metric=content['metric'],
+        input_size=content['input_size'],
+        seeds=seeds,
+        variants={str(name): dict(s) for name, s in variants.items()},
+    )
+
+
+def digest(cfg: Config) -> str:
+    """Return a short hash of a config, without its seed and folder.
+
+    Args:
+        cfg (Config): The complete config.
+
+    Returns:
+        str: Hexadecimal digits. Two configs have the same digest if they have
+        the same settings.
+    """
+    settings = cfg.to_dict()
+    settings.pop('work_dir', None)
+    settings['randomness'] = {
+        key: value
+        for key, value in (settings.get('randomness') or {}).items()
+        if key != 'seed'
+    }
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def last_value(work_dir: str, metric: str) -> Optional[float]:
+    """Read the last value of a metric that the runner logged.
+
+    Args:
+        work_dir (str): Work directory of the run. A run that was resumed has
+            several logs in it.
+        metric (str): Name of the metric.
+
+    Returns:
+        float | None: The last value; None if there is none.
+
+    Raises:
+        UserError: If the value is not a finite number.
+    """
+    value = None
+    # The folders are named after the time at which the run was started.
+    for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        for line in path.read_text(encoding='utf-8').splitlines():
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the run was killed while it wrote the line
+            value = found.get(metric, value)
+    if value is not None and not math.isfinite(float(value)):
+        raise UserError(f'{metric} in {work_dir} is {value}')
+    return None if value is None else float(value)
+
+
+def write_results(path: str, results: Sequence[Result]) -> None:
+    """Write results to a CSV file, completely or not at all.
+
+    Args:
+        path (str): Path of the file.
+        results (Sequence[Result]): The results.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        with open(temporary, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Result)])
+            writer.writeheader()
+            for result in results:
+                row = asdict(result)
+                row['value'] = f'{result.value:.2f}'
+                row['seconds'] = f'{result.seconds:.0f}'
+                writer.writerow(row)
+
+
+def read_results(path: str) -> List[Result]:
+    """Read a CSV file written by :func:`write_results`.
+
+    Args:
+        path (str): Path of the file.
+
+    Returns:
+        list[Result]: The results; empty if the file does not exist.
+
+    Raises:
+        UserError: If the file cannot be read or has other columns.
+    """
+    if not os.path.exists(path):
+        return []
+    types = {field.name: field.type for field in fields(Result)}
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != list(types):
+                raise UserError(
+                    f'{path} is not a table of results: its columns must be '
+                    f'{", ".join(types)}'
+                )
+            return [
+                Result(**{key: types[key](row[key]) for key in types})
+                for row in reader
+            ]
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'cannot read {path}: {error}') from error
+
+
+def summarize(results: Sequence[Result]) -> List[Summary]:
+    """Compute the mean and the spread of each variant.
+
+    Args:
+        results (Sequence[Result]): Results of one metric.
+
+    Returns:
+        list[Summary]: One entry for each variant, in the order of their first
+        results.
+    """
+    variants: Dict[str, List[Result]] = {}
+    for result in results:
+        variants.setdefault(result.variant, []).append(result)
+    return [
+        Summary(
+            variant=variant,
+            values=[r.value for r in rows],
+            mean=statistics.fmean(r.value for r in rows),
+            std=statistics.stdev([r.value for r in rows])
+            if len(rows) > 1
+            else math.nan,
+            parameters=rows[-1].parameters,
+            multiply_adds=rows[-1].multiply_adds,
+        )
+        for variant, rows in variants.items()
+    ]
+
+
+def to_markdown(summaries: Sequence[Summary], metric: str) -> str:
+    """Format summaries as a table in Markdown.
+
+    Args:
+        summaries (Sequence[Summary]): The rows.
+        metric (str): Name of the metric, the title of a column.
+
+    Returns:
+        str: The table, with N/A as the standard deviation of a single run.
+    """
+    lines = [
+        f'| variant | params (M) | multiply-adds (M) | {metric} | std | seeds |',
+        '|---|---|---|---|---|---|',
+    ]
+    for s in summaries:
+        std = 'N/A' if math.isnan(s.std) else f'{s.std:.2f}'
+        lines.append(
+            f'| {s.variant} | {s.parameters / 1e6:.3f} | '
+            f'{s.multiply_adds / 1e6:.2f} | {s.mean:.2f} | {std} | '
+            f'{len(s.values)} |'
+        )
+    return '\n'.join(lines)
