@@ -14,6 +14,8 @@ model = dict(
         )
     ),
     head=dict(in_channels=64),
+    # Few epochs: no Mixup and CutMix.
+    train_cfg=None,
 )
 
 # Random shifts by up to 4 pixels. Cropping is much faster than resizing.
@@ -32,17 +34,14 @@ val_dataloader = dict(num_workers=0, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(
+    # One fused operation updates all parameters.
+    optimizer=dict(fused=True),
     # Position tables, which some variants have, are not decayed.
-    paramwise_cfg=dict(custom_keys={'.pos_embed': dict(decay_mult=0.0)})
+    paramwise_cfg=dict(custom_keys={'.pos_embed': dict(decay_mult=0.0)}),
 )
 epochs = 3
 param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-2,
-        by_epoch=False,
-        end=100,
-    ),
+    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=100),
     dict(
         type='CosineAnnealingLR',
         eta_min_ratio=5e-3,

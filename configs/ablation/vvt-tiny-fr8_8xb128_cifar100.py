@@ -1,7 +1,8 @@
 # Feature reduction ratio 8.
 _base_ = '../classification/vvt-tiny_8xb128_cifar100.py'
 
-model = dict(backbone=dict(
+model = dict(
+    backbone=dict(
         arch=dict(
             embed_dims=[96, 160, 320, 512],
             num_heads=[1, 2, 5, 8],
@@ -9,4 +10,5 @@ model = dict(backbone=dict(
             depths=[2, 2, 2, 2],
             fr_ratios=[8, 8, 8, 8],
         )
-    ))
+    )
+)

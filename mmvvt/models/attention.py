@@ -90,8 +90,7 @@ class VicinityAttention(BaseModule):
         super().__init__(init_cfg)
         if attention not in ('vicinity', 'softmax'):
             raise UserError(
-                "attention must be 'vicinity' or 'softmax', got "
-                f'{attention!r}'
+                f"attention must be 'vicinity' or 'softmax', got {attention!r}"
             )
         if embed_dims % (fr_ratio * num_heads):
             raise UserError(

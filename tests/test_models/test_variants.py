@@ -278,7 +278,9 @@ def test_torch_export_with_dynamic_size(variant):
     dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         program = torch.export.export(
-            ImageForm(model), (torch.randn(2, 3, 64, 96),), dynamic_shapes=[dims]
+            ImageForm(model),
+            (torch.randn(2, 3, 64, 96),),
+            dynamic_shapes=[dims],
         )
         for shape in ((1, 3, 70, 45), (3, 3, 33, 128)):
             x = torch.randn(shape)
