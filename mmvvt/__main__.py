@@ -23,6 +23,7 @@ COMMANDS = {
     'inflate-input': 'model_converters/inflate_input.py',
     'list': 'list_models.py',
     'get-flops': 'analysis_tools/get_flops.py',
+    'ablation': 'analysis_tools/ablation.py',
     'benchmark': 'analysis_tools/benchmark.py',
     'plot-benchmark': 'analysis_tools/plot_benchmark.py',
     'training-step': 'analysis_tools/training_step.py',

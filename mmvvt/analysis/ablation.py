@@ -249,7 +249,7 @@ def read_results(path: str) -> List[Result]:
     """
     if not os.path.exists(path):
         return []
-    types = {field.name: field.type for field in fields(Result)}
+    types: Dict[str, Any] = {f.name: f.type for f in fields(Result)}
     try:
         with open(path, newline='', encoding='utf-8') as file:
             reader = csv.DictReader(file)
@@ -304,10 +304,11 @@ def to_markdown(summaries: Sequence[Summary], metric: str) -> str:
         metric (str): Name of the metric, the title of a column.
 
     Returns:
-        str: The table, with N/A as the standard deviation of a single run.
+        str: The table, with millions of multiply-adds (MMACs), and N/A as the
+        standard deviation of a single run.
     """
     lines = [
-        f'| variant | params (M) | multiply-adds (M) | {metric} | std | seeds |',
+        f'| variant | params (M) | MMACs | {metric} | std | runs |',
         '|---|---|---|---|---|---|',
     ]
     for s in summaries:

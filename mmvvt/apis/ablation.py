@@ -81,6 +81,13 @@ def prepare_variants(
             complexity = count(build_model(cfg), size)
         except UserError as error:
             raise UserError(f'variant {name}: {error}') from error
+        except RuntimeError as error:
+            # For example, the channels of the head are not those of the
+            # backbone.
+            raise UserError(
+                f'variant {name}: the model cannot process an image of '
+                f'{grid.input_size} x {grid.input_size}: {error}'
+            ) from error
         variants.append(Variant(name, cfg, digest(cfg), complexity))
     return variants
 

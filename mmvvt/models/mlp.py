@@ -125,7 +125,8 @@ class ConvMLP(BaseModule):
         """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
         x = self.fc1(x)
         if self._is_fused(x):
-            conv: Any = getattr(self.dwconv, 'dwconv')
+            dwconv: Any = self.dwconv
+            conv = dwconv.dwconv
             x = dwconv_gelu(x, conv.weight, conv.bias, spatial_shape)
         elif self.dwconv is None:
             x = self.act(x)

@@ -1,4 +1,4 @@
-"""Ablation variants of the backbone: what they compute, and how they are used."""
+"""Ablation variants of the backbone: what they compute, and their use."""
 
 import io
 import math
@@ -276,11 +276,10 @@ def test_torch_export_with_dynamic_size(variant):
     """Exported once, a variant is right for other sizes and batches."""
     model = build(variant, out_indices=(0, 1)).eval()
     dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         program = torch.export.export(
-            ImageForm(model),
-            (torch.randn(2, 3, 64, 96),),
-            dynamic_shapes=[dims],
+            ImageForm(model), (image,), dynamic_shapes=[dims]
         )
         for shape in ((1, 3, 70, 45), (3, 3, 33, 128)):
             x = torch.randn(shape)

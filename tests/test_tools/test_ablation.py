@@ -1,0 +1,450 @@
+"""Tests of ablation grids: ``tools/analysis_tools/ablation.py``."""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from mmengine.config import Config
+
+from mmvvt.analysis.ablation import (
+    Result,
+    digest,
+    last_value,
+    read_grid,
+    read_results,
+    summarize,
+    to_markdown,
+    write_results,
+)
+from mmvvt.apis import ablation
+from mmvvt.apis.ablation import prepare_variants, run_grid
+from mmvvt.errors import UserError
+
+from conftest import ROOT, run_tool
+
+TOOL = 'tools/analysis_tools/ablation.py'
+CONFIGS = ROOT / 'configs' / 'ablation'
+SMALL = {
+    'model.backbone.arch': dict(
+        _delete_=True,
+        embed_dims=[8, 8, 8, 8],
+        num_heads=[1, 1, 1, 1],
+        mlp_ratios=[1, 1, 1, 1],
+        depths=[1, 1, 1, 1],
+    ),
+    'model.head.in_channels': 8,
+}
+
+
+def content(root='data/digits', **options):
+    common = {
+        **SMALL,
+        'train_dataloader.dataset.data_root': str(root),
+        'val_dataloader.dataset.data_root': str(root),
+        'train_cfg.max_epochs': 1,
+        'train_dataloader.batch_size': 256,
+    }
+    softmax = {'model.backbone.attn_cfg.attention': 'softmax'}
+    return {
+        'config': 'vvt-nano_digits',
+        'metric': 'accuracy/top1',
+        'input_size': 32,
+        'seeds': [3, 5],
+        'variants': {'vvt': common, 'softmax': {**common, **softmax}},
+        **options,
+    }
+
+
+def write(folder, **options):
+    path = folder / 'small.yml'
+    path.write_text(yaml.safe_dump(content(**options), sort_keys=False))
+    return str(path)
+
+
+def result(variant='vvt', seed=0, value=80.0, config='abc', **options):
+    settings = dict(
+        variant=variant,
+        seed=seed,
+        metric='accuracy/top1',
+        value=value,
+        seconds=12.0,
+        parameters=1000000,
+        multiply_adds=2500000,
+        config=config,
+        machine='a machine, 2 threads',
+    )
+    return Result(**{**settings, **options})
+
+
+# -- the real runner ----------------------------------------------------------
+
+
+def test_grid_is_trained_and_resumed(digits_root, tmp_path):
+    """Two variants are trained; the second call has nothing to do."""
+    grid = write(tmp_path, root=digits_root, seeds=[3])
+    options = ['--csv', 'results/out.csv', '--jobs', '2', '--plot', 'out.png']
+    done = run_tool(ROOT / TOOL, grid, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert '2 runs: 0 finished before, 2 to do' in done.stdout
+    assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
+    results = read_results(str(tmp_path / 'results/out.csv'))
+    assert {(r.variant, r.seed) for r in results} == {
+        ('vvt', 3),
+        ('softmax', 3),
+    }
+    assert all(0 <= r.value <= 100 and r.seconds > 0 for r in results)
+    for r in results:
+        assert f'| {r.variant} |' in done.stdout
+        assert f'{r.value:.2f}' in done.stdout
+    # The runs used the settings of their variants and the seed.
+    folders = list((tmp_path / 'work_dirs/ablation/small').glob('*/*-seed3'))
+    assert len(folders) == 2
+    for folder in folders:
+        cfg = Config.fromfile(folder / ablation.CONFIG_FILE)
+        attention = cfg.model.backbone.get('attn_cfg', {}).get('attention')
+        assert (attention == 'softmax') == (folder.parent.name == 'softmax')
+        assert cfg.randomness.seed == 3
+        assert (folder / 'epoch_1.pth').is_file()
+
+    again = run_tool(ROOT / TOOL, grid, *options, cwd=tmp_path)
+    assert again.returncode == 0, again.stdout
+    assert '2 runs: 2 finished before, 0 to do' in again.stdout
+    assert '[1/' not in again.stdout
+
+    # A run whose result was lost is resumed at its last epoch.
+    write_results(str(tmp_path / 'results/out.csv'), results[:1])
+    again = run_tool(ROOT / TOOL, grid, *options, cwd=tmp_path)
+    assert again.returncode == 0, again.stdout
+    assert '2 runs: 1 finished before, 1 to do' in again.stdout
+    restored = read_results(str(tmp_path / 'results/out.csv'))
+    assert sorted(r.value for r in restored) == sorted(
+        r.value for r in results
+    )
+
+
+def test_cost_and_report(tmp_path):
+    grid = write(tmp_path)
+    done = run_tool(ROOT / TOOL, grid, '--cost', cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    lines = [x for x in done.stdout.splitlines() if 'mmengine' not in x]
+    assert [x.split()[0] for x in lines] == ['variant', 'vvt', 'softmax']
+    assert not (tmp_path / 'work_dirs').exists()
+    done = run_tool(ROOT / TOOL, grid, '--report', cwd=tmp_path)
+    assert done.returncode == 1
+    path = 'work_dirs/ablation/small.csv'
+    assert done.stdout == f'error: no results in {path}\n'
+    # In the order of the grid, without variants that it no longer has
+    rows = [result('softmax', value=50.0), result('old'), result('vvt')]
+    write_results(str(tmp_path / path), rows)
+    done = run_tool(
+        *(ROOT / TOOL, grid, '--report', '--plot', 'a.png'), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[2:] == [
+        '| vvt | 1.000 | 2.50 | 80.00 | N/A | 1 |',
+        '| softmax | 1.000 | 2.50 | 50.00 | N/A | 1 |',
+        'a.png: 2 runs',
+    ]
+
+
+# -- which runs, and what becomes of them -------------------------------------
+
+
+class FakeTraining:
+    """Replaces the process that trains; it logs a value, or fails."""
+
+    def __init__(self, values=None, fail=()):
+        self.values, self.fail = values or {}, fail
+        self.runs = []
+
+    def __call__(self, command, stdout, env, **options):
+        folder = Path(command[command.index('--work-dir') + 1])
+        seed = int(folder.name.split('seed')[1])
+        key = (folder.parent.name, seed)
+        self.runs.append(key)
+        if key in self.fail:
+            stdout.write(b'first line\nerror: the disk is on fire\n')
+            return subprocess.CompletedProcess(command, 1)
+        scalars = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
+        scalars.parent.mkdir(parents=True, exist_ok=True)
+        line = {'accuracy/top1': self.values.get(key, 50.0), 'step': 1}
+        scalars.write_text(json.dumps(line) + '\n')
+        return subprocess.CompletedProcess(command, 0)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A grid with its variants, and a function that runs it."""
+    grid = read_grid(write(tmp_path))
+    variants = prepare_variants(grid)
+    lines = []
+
+    def run(fake, **options):
+        processes = SimpleNamespace(run=fake, STDOUT=subprocess.STDOUT)
+        monkeypatch.setattr(ablation, 'subprocess', processes)
+        lines.clear()
+        return run_grid(
+            grid,
+            options.pop('variants', variants),
+            str(tmp_path / 'out.csv'),
+            str(tmp_path / 'runs'),
+            report=lines.append,
+            **options,
+        )
+
+    run.variants, run.lines, run.csv = variants, lines, tmp_path / 'out.csv'
+    return run
+
+
+def test_the_first_seed_of_all_variants_runs_first(study):
+    fake = FakeTraining({('vvt', 5): 60.0})
+    results = study(fake)
+    assert fake.runs == [
+        ('vvt', 3),
+        ('softmax', 3),
+        ('vvt', 5),
+        ('softmax', 5),
+    ]
+    assert [(r.variant, r.seed, r.value) for r in results] == [
+        ('vvt', 3, 50.0),
+        ('vvt', 5, 60.0),
+        ('softmax', 3, 50.0),
+        ('softmax', 5, 50.0),
+    ]
+    assert study.lines[1].startswith('[1/4] vvt, seed 3: accuracy/top1 50.00')
+    # The main variant has the cost of its own model.
+    assert results[0].parameters == study.variants[0].complexity.parameters
+    assert results[0].multiply_adds != results[-1].multiply_adds
+
+
+def test_finished_runs_are_skipped(study):
+    study(FakeTraining(), seeds=[3])
+    fake = FakeTraining()
+    assert len(study(fake)) == 4
+    assert fake.runs == [('vvt', 5), ('softmax', 5)]
+    assert len(read_results(str(study.csv))) == 4
+
+
+def test_results_of_another_config_are_replaced(study):
+    study(FakeTraining())
+    rows = read_results(str(study.csv))
+    rows[0].config = 'of another'
+    write_results(str(study.csv), rows)
+    fake = FakeTraining({('vvt', 3): 70.0})
+    results = study(fake)
+    assert fake.runs == [('vvt', 3)]
+    assert [r.value for r in results] == [70.0, 50.0, 50.0, 50.0]
+    assert len(read_results(str(study.csv))) == 4
+
+
+def test_a_failed_run_does_not_stop_the_others(study):
+    fake = FakeTraining(fail={('vvt', 3)})
+    with pytest.raises(UserError) as caught:
+        study(fake)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(
+        'vvt, seed 3: training exited with code 1: error: the disk is on fire'
+    )
+    assert len(fake.runs) == 4
+    assert len(read_results(str(study.csv))) == 3
+    fake = FakeTraining()
+    study(fake)
+    assert fake.runs == [('vvt', 3)]
+
+
+@pytest.mark.parametrize(
+    'value,message',
+    [(math.nan, 'is nan'), (None, 'logged no accuracy/top1')],
+)
+def test_no_number(study, value, message):
+    fake = FakeTraining({('vvt', 3): value})
+    with pytest.raises(UserError, match=message):
+        study(fake)
+    assert len(read_results(str(study.csv))) == 3
+
+
+def test_time_of_interrupted_runs_is_added(study, monkeypatch):
+    clock = iter(range(0, 10000, 100))  # each reading is 100 s later
+    fake_time = SimpleNamespace(time=lambda: next(clock))
+    monkeypatch.setattr(ablation, 'time', fake_time)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    options = dict(seeds=[3], variants=study.variants[:1])
+    with pytest.raises(KeyboardInterrupt):
+        study(interrupt, **options)
+    assert not study.csv.exists()
+    (found,) = study(FakeTraining(), **options)
+    assert found.seconds == 200
+
+
+def test_threads_are_shared(study, monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 6)
+    seen = []
+
+    def train(command, env, **options):
+        seen.append(env.get('OMP_NUM_THREADS'))
+        return FakeTraining()(command, env=env, **options)
+
+    (found, _) = study(train, seeds=[3], jobs=3)
+    assert seen == ['2', '2']
+    assert ', 2 threads, ' in found.machine
+    with pytest.raises(UserError, match='jobs must be at least 1, got 0'):
+        study(train, jobs=0)
+
+
+# -- files --------------------------------------------------------------------
+
+
+def test_last_value(tmp_path):
+    """The newest log counts; lines that were not completed are skipped."""
+    for name, lines in (
+        ('20260101_000000', '{"mIoU": 10.0}\n{"loss": 1}\n{"mIoU": 20.0}\n'),
+        ('20260102_000000', '{"loss": 1}\n{"mIoU": 30.0}\n{"mIoU": 4'),
+    ):
+        folder = tmp_path / name / 'vis_data'
+        folder.mkdir(parents=True)
+        (folder / 'scalars.json').write_text(lines)
+    assert last_value(str(tmp_path), 'mIoU') == 30.0
+    assert last_value(str(tmp_path), 'mAcc') is None
+
+
+def test_digest_ignores_seed_and_folder():
+    cfg = Config(dict(model=dict(depth=3), work_dir='a', randomness={}))
+    same = Config(
+        dict(work_dir='b', randomness=dict(seed=4), model=dict(depth=3))
+    )
+    other = Config(dict(model=dict(depth=4)))
+    assert digest(cfg) == digest(same) != digest(other)
+
+
+def test_table():
+    rows = [
+        result(value=80.0),
+        result('softmax', value=70.0),
+        result(seed=1, value=82.0),
+    ]
+    vvt, softmax = summarize(rows)
+    assert (vvt.mean, vvt.std) == (81.0, pytest.approx(math.sqrt(2)))
+    assert math.isnan(softmax.std)
+    assert to_markdown([vvt, softmax], 'top-1').splitlines() == [
+        '| variant | params (M) | MMACs | top-1 | std | runs |',
+        '|---|---|---|---|---|---|',
+        '| vvt | 1.000 | 2.50 | 81.00 | 1.41 | 2 |',
+        '| softmax | 1.000 | 2.50 | 70.00 | N/A | 1 |',
+    ]
+
+
+def test_results_are_read_as_written(tmp_path):
+    path = str(tmp_path / 'new' / 'out.csv')
+    assert read_results(path) == []
+    rows = [result(), result('a, "b"', 7, 81.25)]
+    write_results(path, rows)
+    assert read_results(path) == rows
+
+
+@pytest.mark.parametrize(
+    'text,message',
+    [
+        ('model,mode\na,b\n', 'its columns must be variant, seed, metric'),
+        (b'\xff\xfe', 'cannot read'),
+        (None, 'cannot read'),
+    ],
+)
+def test_other_csv_files(text, message, tmp_path):
+    path = tmp_path / 'out.csv'
+    if isinstance(text, bytes):
+        path.write_bytes(text)
+    elif text is None:
+        write_results(str(path), [result()])
+        path.write_text(path.read_text().replace(',0,', ',zero,', 1))
+    else:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_results(str(path))
+
+
+@pytest.mark.parametrize(
+    'text,message',
+    [
+        (None, 'no such grid file'),
+        ('a: [', 'is not valid YAML'),
+        ('3', 'must have the keys config, metric'),
+        (dict(extra=1), 'must have the keys config, metric'),
+        (dict(config=3), 'config must be of type str, got 3'),
+        (dict(input_size='big'), "input_size must be of type int, got 'big'"),
+        (dict(seeds=[]), 'seeds must be a list of different integers'),
+        (dict(seeds=[1, 1]), 'seeds must be a list of different integers'),
+        (dict(seeds=['a']), 'seeds must be a list of different integers'),
+        (dict(variants={}), 'variants must map names to settings'),
+        (dict(variants=dict(a=None)), 'the settings of a must be a mapping'),
+    ],
+)
+def test_bad_grid(text, message, tmp_path):
+    path = tmp_path / 'small.yml'
+    if isinstance(text, dict):
+        write(tmp_path, **text)
+    elif text is not None:
+        path.write_text(text)
+    done = run_tool(ROOT / TOOL, path, '--cost', cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert line.startswith('error: ') and message in line
+
+
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (dict(config='vvt-nano_digit'), 'similar names: vvt-nano_digits'),
+        (
+            dict(variants=dict(a={'model.backbone.attn_cfg.locality': 'x'})),
+            'variant a: locality must be one of',
+        ),
+        (
+            dict(variants=dict(a={'model.backbone.attn_cfg.size': 3})),
+            "VicinityAttention has no argument 'size'",
+        ),
+        (
+            dict(variants=dict(a={'model.head.in_channels': 8})),
+            'variant a: the model cannot process an image of 32 x 32: mat1',
+        ),
+    ],
+)
+def test_bad_variant(options, message, tmp_path):
+    grid = read_grid(write(tmp_path, **options))
+    with pytest.raises(UserError) as caught:
+        prepare_variants(grid)
+    assert message in str(caught.value)
+
+
+def test_unknown_variant(tmp_path):
+    grid = read_grid(write(tmp_path))
+    with pytest.raises(UserError) as caught:
+        prepare_variants(grid, ['vvt', 'b'])
+    assert str(caught.value) == (
+        'small has no variant b; its variants are vvt, softmax'
+    )
+    (variant,) = prepare_variants(grid, ['softmax'])
+    assert variant.name == 'softmax'
+
+
+# -- the grids of the project -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'path',
+    [p for p in sorted(CONFIGS.glob('*.yml')) if p.stem != 'metafile'],
+    ids=lambda path: path.stem,
+)
+def test_grids_of_the_project(path):
+    """Every variant is built, and is a different experiment."""
+    grid = read_grid(str(path))
+    assert len(grid.seeds) >= 3
+    variants = prepare_variants(grid)
+    assert len({v.digest for v in variants}) == len(variants)
