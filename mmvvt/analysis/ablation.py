@@ -8,7 +8,7 @@ import os
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from mmengine.config import Config
@@ -16,7 +16,7 @@ from mmengine.config import Config
 from ..errors import MissingFileError, UserError
 from ..fileio import atomic_write
 
-REQUIRED_KEYS = ('config', 'metric', 'input_size', 'seeds', 'variants')
+REQUIRED_KEYS = ('config', 'metric', 'input_shape', 'seeds', 'variants')
 DIGEST_LENGTH = 10
 
 
@@ -28,8 +28,8 @@ class Grid:
         name (str): Name of the file without its extension.
         config (str): Path or name of the base config of all variants.
         metric (str): Metric of the validation, such as 'accuracy/top1'.
-        input_size (int): Height and width of the images for which the
-            multiply-adds are counted, in pixels.
+        input_shape (tuple[int, int, int]): Shape ``(C, H, W)`` of the image
+            for which the multiply-adds are counted.
         seeds (list[int]): Seeds of the runs of each variant.
         variants (dict[str, dict]): For each variant, the settings that differ
             from the base config: dotted keys and values, as in
@@ -39,7 +39,7 @@ class Grid:
     name: str
     config: str
     metric: str
-    input_size: int
+    input_shape: Tuple[int, int, int]
     seeds: List[int]
     variants: Dict[str, Dict[str, Any]]
 
@@ -55,7 +55,7 @@ class Result:
         value (float): Metric of the last validation.
         seconds (float): Wall-clock time of the run.
         parameters (int): Number of elements of all parameters.
-        multiply_adds (int): Multiply-adds for one image of ``input_size``.
+        multiply_adds (int): Multiply-adds for one image of ``input_shape``.
         config (str): Digest of the complete config without the seed. Results
             with different digests are of different experiments.
         machine (str): Machine, threads and versions.
@@ -96,9 +96,9 @@ class Summary:
 def read_grid(path: str) -> Grid:
     """Read an ablation grid from a YAML file.
 
-    The file has the keys ``config``, ``metric``, ``input_size``, ``seeds`` and
-    ``variants``, see :class:`Grid`. A relative path of the config is searched
-    next to the file first.
+    The file has the keys ``config``, ``metric``, ``input_shape``, ``seeds``
+    and ``variants``, see :class:`Grid`. A relative path of the config is
+    searched next to the file first.
 
     Args:
         path (str): Path of the YAML file.
@@ -127,13 +127,23 @@ def read_grid(path: str) -> Grid:
             f'{path} must have the keys {", ".join(REQUIRED_KEYS)}, got '
             f'{found!r}'
         )
-    for key, kind in (('config', str), ('metric', str), ('input_size', int)):
-        if not isinstance(content[key], kind):
+    for key in ('config', 'metric'):
+        if not isinstance(content[key], str):
             raise UserError(
-                f'{path}: {key} must be of type {kind.__name__}, got '
-                f'{content[key]!r}'
+                f'{path}: {key} must be a string, got {content[key]!r}'
             )
-    seeds, variants = content['seeds'], content['variants']
+    shape, seeds, variants = (
+        content[key] for key in ('input_shape', 'seeds', 'variants')
+    )
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 3
+        or not all(type(length) is int and length > 0 for length in shape)
+    ):
+        raise UserError(
+            f'{path}: input_shape must be [channels, height, width], got '
+            f'{shape!r}'
+        )
     if (
         not isinstance(seeds, list)
         or not seeds
@@ -159,7 +169,7 @@ def read_grid(path: str) -> Grid:
         name=Path(path).stem,
         config=str(beside if beside.is_file() else content['config']),
         metric=content['metric'],
-        input_size=content['input_size'],
+        input_shape=(shape[0], shape[1], shape[2]),
         seeds=seeds,
         variants={str(name): dict(s) for name, s in variants.items()},
     )

@@ -75,10 +75,8 @@ def prepare_variants(
         if names and name not in names:
             continue
         cfg = read_config(grid.config, copy.deepcopy(settings))
-        channels = cfg.model.backbone.get('in_channels', 3)
-        size = (1, channels, grid.input_size, grid.input_size)
         try:
-            complexity = count(build_model(cfg), size)
+            complexity = count(build_model(cfg), (1, *grid.input_shape))
         except UserError as error:
             raise UserError(f'variant {name}: {error}') from error
         except RuntimeError as error:
@@ -86,7 +84,7 @@ def prepare_variants(
             # backbone.
             raise UserError(
                 f'variant {name}: the model cannot process an image of '
-                f'{grid.input_size} x {grid.input_size}: {error}'
+                f'shape {grid.input_shape}: {error}'
             ) from error
         variants.append(Variant(name, cfg, digest(cfg), complexity))
     return variants

@@ -53,7 +53,7 @@ def content(root='data/digits', **options):
     return {
         'config': 'vvt-nano_digits',
         'metric': 'accuracy/top1',
-        'input_size': 32,
+        'input_shape': [3, 32, 32],
         'seeds': [3, 5],
         'variants': {'vvt': common, 'softmax': {**common, **softmax}},
         **options,
@@ -377,8 +377,9 @@ def test_other_csv_files(text, message, tmp_path):
         ('a: [', 'is not valid YAML'),
         ('3', 'must have the keys config, metric'),
         (dict(extra=1), 'must have the keys config, metric'),
-        (dict(config=3), 'config must be of type str, got 3'),
-        (dict(input_size='big'), "input_size must be of type int, got 'big'"),
+        (dict(config=3), 'config must be a string, got 3'),
+        (dict(input_shape=32), 'input_shape must be [channels, height, width]'),
+        (dict(input_shape=[3, 0, 9]), 'input_shape must be [channels,'),
         (dict(seeds=[]), 'seeds must be a list of different integers'),
         (dict(seeds=[1, 1]), 'seeds must be a list of different integers'),
         (dict(seeds=['a']), 'seeds must be a list of different integers'),
@@ -412,7 +413,7 @@ def test_bad_grid(text, message, tmp_path):
         ),
         (
             dict(variants=dict(a={'model.head.in_channels': 8})),
-            'variant a: the model cannot process an image of 32 x 32: mat1',
+            'variant a: the model cannot process an image of shape (3, 32, 32): mat1',
         ),
     ],
 )
