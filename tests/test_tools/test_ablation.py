@@ -378,7 +378,7 @@ def test_other_csv_files(text, message, tmp_path):
         ('3', 'must have the keys config, metric'),
         (dict(extra=1), 'must have the keys config, metric'),
         (dict(config=3), 'config must be a string, got 3'),
-        (dict(input_shape=32), 'input_shape must be [channels, height, width]'),
+        (dict(input_shape=32), 'input_shape must be [channels, height,'),
         (dict(input_shape=[3, 0, 9]), 'input_shape must be [channels,'),
         (dict(seeds=[]), 'seeds must be a list of different integers'),
         (dict(seeds=[1, 1]), 'seeds must be a list of different integers'),
@@ -413,7 +413,7 @@ def test_bad_grid(text, message, tmp_path):
         ),
         (
             dict(variants=dict(a={'model.head.in_channels': 8})),
-            'variant a: the model cannot process an image of shape (3, 32, 32): mat1',
+            'cannot process an image of shape (3, 32, 32): mat1 and mat2',
         ),
     ],
 )
