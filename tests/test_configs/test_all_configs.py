@@ -10,6 +10,7 @@ from mmengine.registry import DefaultScope
 
 from mmvvt import preflight
 from mmvvt.analysis.complexity import count
+from mmvvt.arch import resolve_arch
 from mmvvt.preflight import type_name
 
 from conftest import ROOT, build_model
@@ -118,10 +119,12 @@ def test_metafiles_list_every_recipe_and_count_right():
     recipes = {str(p) for p in CONFIGS if p.parts[1] != 'finetune'}
     assert set(listed) == recipes
     for path, model in listed.items():
-        if 'classification' not in path and 'vvt-nano_digits' not in path:
+        counted = ('classification', 'cifar100', 'mnist', 'vvt-nano_digits')
+        if not any(name in path for name in counted):
             continue
         cfg = Config.fromfile(ROOT / path)
-        size = 384 if '384px' in path else 32 if 'nano' in path else 224
+        small = 'nano' in path or 'atto' in path
+        size = 384 if '384px' in path else 32 if small else 224
         channels = cfg.model.backbone.get('in_channels', 3)
         if 'medium' in path or 'large' in path:
             continue  # same code path as small, but slower
@@ -130,6 +133,32 @@ def test_metafiles_list_every_recipe_and_count_right():
         assert model['Metadata']['FLOPs'] == pytest.approx(
             found.multiply_adds, rel=5e-3
         ), path
+
+
+@pytest.mark.parametrize(
+    'name,options',
+    [
+        ('softmax', dict(attn_cfg=dict(attention='softmax'))),
+        ('no-locality', dict(attn_cfg=dict(locality='none'))),
+        ('1d-locality', dict(attn_cfg=dict(locality='1d'))),
+        ('fr1', dict(arch=dict(resolve_arch('tiny'), fr_ratios=[1] * 4))),
+        ('fr4', dict(arch=dict(resolve_arch('tiny'), fr_ratios=[4] * 4))),
+        ('fr8', dict(arch=dict(resolve_arch('tiny'), fr_ratios=[8] * 4))),
+    ],
+)
+def test_ablation_configs_differ_in_one_setting(name, options):
+    folder = ROOT / 'configs'
+    base = Config.fromfile(
+        folder / 'classification' / 'vvt-tiny_8xb128_cifar100.py'
+    ).to_dict()
+    found = Config.fromfile(
+        folder / 'ablation' / f'vvt-tiny-{name}_8xb128_cifar100.py'
+    ).to_dict()
+    backbone = found['model']['backbone']
+    if 'arch' in options:
+        backbone['arch'] = resolve_arch(backbone['arch'])
+    base['model']['backbone'].update(options)
+    assert found == base
 
 
 @pytest.mark.parametrize(
