@@ -63,7 +63,7 @@ install:
 # names its test; pytest-xdist would otherwise wait for ever.
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile \
-	    --max-worker-restart 0
+	    --no-loadscope-reorder --max-worker-restart 0
 
 # The tests marked fast, see tests/conftest.py: under 90 seconds on 2 cores.
 test-fast: install

@@ -200,8 +200,31 @@ FAST = (
 )
 
 
+# Files that take minutes. They are started first: otherwise, one process would
+# run the last of them while the others wait.
+SLOW = (
+    'test_tools/test_stock_tools.py',
+    'test_tools/test_finetune.py',
+    'test_apis/test_model_zoo.py',
+    'test_wheel.py',
+    'test_models/test_inductor.py',
+    'test_deploy/test_export_tasks.py',
+    'test_deploy/test_export.py',
+    'test_ops/test_triton_attention.py',
+    'test_tools/test_kill_and_resume.py',
+    'test_engine/test_parallel_training.py',
+    'test_configs/test_all_configs.py',
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Mark the tests of the files in ``FAST`` as fast."""
+    """Sort the tests, and mark those of the files in ``FAST`` as fast."""
+
+    def place(item):
+        path = item.path.relative_to(ROOT / 'tests').as_posix()
+        return SLOW.index(path) if path in SLOW else len(SLOW)
+
+    items.sort(key=place)  # stable: the tests of a file keep their order
     for item in items:
         path = item.path.relative_to(ROOT / 'tests').as_posix()
         if path.startswith(FAST):

@@ -175,6 +175,28 @@ def read_grid(path: str) -> Grid:
     )
 
 
+def check_variants(grid: Grid, names: Optional[Sequence[str]]) -> List[str]:
+    """Select variants of a grid.
+
+    Args:
+        grid (Grid): The grid.
+        names (Sequence[str], optional): Names of variants; None selects all.
+
+    Returns:
+        list[str]: The names, in the order of the grid.
+
+    Raises:
+        UserError: If the grid has no such variant.
+    """
+    unknown = sorted(set(names or ()) - set(grid.variants))
+    if unknown:
+        raise UserError(
+            f'{grid.name} has no variant {", ".join(unknown)}; its variants '
+            f'are {", ".join(grid.variants)}'
+        )
+    return [name for name in grid.variants if not names or name in names]
+
+
 def digest(cfg: Config) -> str:
     """Return a short hash of a config, without its seed and folder.
 

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from ..analysis.ablation import (
     Grid,
     Result,
+    check_variants,
     digest,
     last_value,
     read_results,
@@ -64,17 +65,9 @@ def prepare_variants(
     Raises:
         UserError: If a name is unknown, or a config is invalid.
     """
-    unknown = sorted(set(names or ()) - set(grid.variants))
-    if unknown:
-        raise UserError(
-            f'{grid.name} has no variant {", ".join(unknown)}; its variants '
-            f'are {", ".join(grid.variants)}'
-        )
     variants = []
-    for name, settings in grid.variants.items():
-        if names and name not in names:
-            continue
-        cfg = read_config(grid.config, copy.deepcopy(settings))
+    for name in check_variants(grid, names):
+        cfg = read_config(grid.config, copy.deepcopy(grid.variants[name]))
         try:
             complexity = count(build_model(cfg), (1, *grid.input_shape))
         except UserError as error:

@@ -55,6 +55,31 @@ def test_classifier(classifier, name, tmp_path):
     assert len(metadata['config_sha256']) == 64
 
 
+PLAIN = {
+    'model.backbone.attn_cfg': dict(attention='softmax', fpc=False),
+    'model.backbone.mlp_cfg': dict(dwconv=False),
+    'model.backbone.patch_cfg': dict(overlap=False, pos_embed_size=64),
+}
+CONTEXT = {'model.backbone.attn_cfg': dict(attention='global_context')}
+
+
+@pytest.mark.parametrize(
+    'name,variant',
+    [('onnx', PLAIN), ('openvino', PLAIN), ('onnx', CONTEXT)],
+    ids=['onnx-plain', 'openvino-plain', 'onnx-context'],
+)
+def test_ablation_variants(name, variant, tmp_path):
+    """Sizes that no patch divides, and position tables of another size."""
+    cfg = small_config('classifier', **SHORT, **variant)
+    checkpoint = save_random(cfg, tmp_path / 'random.pth')
+    out = str(tmp_path / f'model{FORMATS[name].suffix}')
+    assert export_model(cfg, checkpoint, out, name).error < 1e-5
+    images = torch.randn(3, 3, 130, 67)
+    (scores,) = FORMATS[name].open(out, threads=1)(images.numpy())
+    expected = expected_scores(cfg, checkpoint, images)
+    assert relative_error(scores, expected) < 1e-5
+
+
 @pytest.mark.parametrize('name', ['torchscript', 'exported-program'])
 def test_preprocessing_half_and_fixed_size(classifier, name, tmp_path):
     cfg, checkpoint = classifier

@@ -137,18 +137,32 @@ def test_cost_and_report(tmp_path):
     done = run_tool(ROOT / TOOL, grid, '--report', cwd=tmp_path)
     assert done.returncode == 1
     path = 'work_dirs/ablation/small.csv'
-    assert done.stdout == f'error: no results in {path}\n'
+    assert done.stdout == (
+        f'error: no results of these variants and seeds in {path}\n'
+    )
     # In the order of the grid, without variants that it no longer has
-    rows = [result('softmax', value=50.0), result('old'), result('vvt')]
+    rows = [
+        result('softmax', seed=3, value=50.0),
+        result('old', seed=3),
+        result('vvt', seed=3),
+        result('vvt', seed=5, value=82.0),
+    ]
     write_results(str(tmp_path / path), rows)
     done = run_tool(
         *(ROOT / TOOL, grid, '--report', '--plot', 'a.png'), cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[2:] == [
-        '| vvt | 1.000 | 2.50 | 80.00 | N/A | 1 |',
+        '| vvt | 1.000 | 2.50 | 81.00 | 1.41 | 2 |',
         '| softmax | 1.000 | 2.50 | 50.00 | N/A | 1 |',
-        'a.png: 2 runs',
+        'a.png: 3 runs',
+    ]
+    done = run_tool(
+        *(ROOT / TOOL, grid, '--report', '--variants', 'vvt', '--seeds', '5'),
+        cwd=tmp_path,
+    )
+    assert done.stdout.splitlines()[2:] == [
+        '| vvt | 1.000 | 2.50 | 82.00 | N/A | 1 |'
     ]
 
 

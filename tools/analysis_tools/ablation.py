@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.analysis.ablation import (
+    check_variants,
     read_grid,
     read_results,
     summarize,
@@ -63,11 +64,15 @@ def main():
     csv = args.csv or str(folder / f'{grid.name}.csv')
     if args.report:
         results = read_results(csv)
-        if not results:
-            raise UserError(f'no results in {csv}')
-        order = list(grid.variants)
-        results = [r for r in results if r.variant in order]
+        order = check_variants(grid, args.variants)
+        results = [
+            r
+            for r in results
+            if r.variant in order and r.seed in (args.seeds or grid.seeds)
+        ]
         results.sort(key=lambda r: (order.index(r.variant), r.seed))
+        if not results:
+            raise UserError(f'no results of these variants and seeds in {csv}')
     else:
         variants = prepare_variants(grid, args.variants)
         if args.cost:
