@@ -30,6 +30,7 @@ COMMANDS = {
     'check-gpu': 'analysis_tools/check_gpu.py',
     'kernel-table': 'analysis_tools/kernel_table.py',
     'vis-attention': 'analysis_tools/vis_attention.py',
+    'vis-cam': 'analysis_tools/vis_cam.py',
     'report-classification': 'analysis_tools/report_classification.py',
     'report-segmentation': 'analysis_tools/report_segmentation.py',
     'report-detection': 'analysis_tools/report_detection.py',

@@ -5,6 +5,7 @@ Importing it adds the classifiers to the models of mmpretrain, so that
 """
 
 from .attention import AttentionMaps, attention_maps
+from .cam import ActivationMap, ActivationMaps, class_activation_maps
 from .dry_run import dry_run
 from .export import ExportResult, export_model
 from .memory import keep_freed_memory
@@ -14,11 +15,14 @@ from .predictor import Predictor, choose_device, find_images
 register_with_mmpretrain()
 
 __all__ = [
+    'ActivationMap',
+    'ActivationMaps',
     'AttentionMaps',
     'ExportResult',
     'Predictor',
     'attention_maps',
     'choose_device',
+    'class_activation_maps',
     'dry_run',
     'export_model',
     'find_images',

@@ -26,13 +26,29 @@ class AttentionMaps(NamedTuple):
     maps: List[Dict[str, AttentionMap]]
 
 
+def find_backbone(model: Any) -> Tuple[str, VVT]:
+    """Find the backbone of a model.
+
+    Args:
+        model (nn.Module): A classifier, segmentor or detector.
+
+    Returns:
+        tuple[str, VVT]: Name of the backbone in the model, and the backbone.
+
+    Raises:
+        UserError: If the model has no VVT backbone.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, VVT):
+            return name, module
+    raise UserError('the model has no VVT backbone')
+
+
 def _find_blocks(model: Any, names: Sequence[str]) -> Tuple[VVT, dict]:
-    backbones = [m for m in model.modules() if isinstance(m, VVT)]
-    if not backbones:
-        raise UserError('the model has no VVT backbone')
+    _, backbone = find_backbone(model)
     blocks = {
         name: module
-        for name, module in backbones[0].named_modules()
+        for name, module in backbone.named_modules()
         if isinstance(module, VVTBlock)
     }
     for name in names:
@@ -46,11 +62,20 @@ def _find_blocks(model: Any, names: Sequence[str]) -> Tuple[VVT, dict]:
                 f'{name} has no attention maps: its attention is a '
                 f'{type(attn).__name__}'
             )
-    return backbones[0], {name: blocks[name] for name in names}
+    return backbone, {name: blocks[name] for name in names}
 
 
-def _to_picture(x: torch.Tensor, predictor: Predictor) -> np.ndarray:
-    """Convert the normalised input ``(1, C, H, W)`` to an RGB image."""
+def to_picture(x: torch.Tensor, predictor: Predictor) -> np.ndarray:
+    """Convert the input of a network to an RGB image.
+
+    Args:
+        x (Tensor): Normalised input ``(1, C, H, W)`` of the network.
+        predictor (Predictor): Its mean, standard deviation and order of
+            channels are used.
+
+    Returns:
+        np.ndarray: RGB image of shape ``(H, W, 3)``, uint8.
+    """
     preprocessor: Any = predictor.model.data_preprocessor
     x = x[0].float().cpu()
     if hasattr(preprocessor, 'mean'):
@@ -140,4 +165,4 @@ def attention_maps(
     finally:
         for handle in handles:
             handle.remove()
-    return AttentionMaps(_to_picture(inputs[0], predictor), maps)
+    return AttentionMaps(to_picture(inputs[0], predictor), maps)

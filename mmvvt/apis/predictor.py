@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import cv2
@@ -41,6 +42,23 @@ TOP = 5  # number of classes in a classification result
 # Exceptions that a model may raise for an image that is too small, has an
 # extreme aspect ratio or does not fit into memory.
 FAULTS = (AssertionError, MemoryError, RuntimeError, ValueError, cv2.error)
+
+
+@contextmanager
+def faults_as_user_errors() -> Iterator[None]:
+    """Raise what a model raises for an unsuitable image as a UserError.
+
+    Raises:
+        UserError: With the first line of the message, if the block raises one
+            of :data:`FAULTS`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FAULTS as error:
+        lines = str(error).strip().splitlines()
+        raise UserError(lines[0] if lines else type(error).__name__) from error
 
 
 def find_images(source: str, out_dir: str) -> Tuple[str, List[str]]:
@@ -345,20 +363,21 @@ class Predictor:
             UserError: If the model cannot process the image; for example, if
                 the image is too small or has a wrong number of channels.
         """
-        self._check_channels(batch)
-        try:
-            with torch.no_grad():
-                (sample,) = self.model.test_step(batch)
-        except UserError:
-            raise
-        except FAULTS as error:
-            lines = str(error).strip().splitlines()
-            raise UserError(
-                lines[0] if lines else type(error).__name__
-            ) from error
+        self.check_channels(batch)
+        with faults_as_user_errors(), torch.no_grad():
+            (sample,) = self.model.test_step(batch)
         return sample.cpu()
 
-    def _check_channels(self, batch: dict) -> None:
+    def check_channels(self, batch: dict) -> None:
+        """Check that an image has the channels that the model takes.
+
+        Args:
+            batch (dict): Batch of one image, as returned by
+                :class:`~mmvvt.apis.pipeline.TestPipeline`.
+
+        Raises:
+            UserError: If the number of channels is wrong.
+        """
         wanted = getattr(
             getattr(self.model, 'backbone', None), 'in_channels', None
         )

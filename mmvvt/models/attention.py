@@ -17,7 +17,11 @@ from mmvvt.ops import (
     vicinity_attention,
 )
 from mmvvt.ops.reference import magnitude_clamp as plain_magnitude_clamp
-from mmvvt.ops.unflatten import unflatten
+from mmvvt.ops.unflatten import (
+    image_to_tokens,
+    tokens_to_image,
+    unflatten,
+)
 
 ATTENTIONS = ('vicinity', 'softmax', 'global_context')
 
@@ -157,12 +161,10 @@ class VicinityAttention(BaseModule):
                 f'{self.sr_ratio} rows and columns, got '
                 f'{tuple(spatial_shape)}'
             )
-        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)
-        x = unflatten(x, 1, spatial_shape).permute(0, 3, 1, 2)
-        x = self.sr(x)  # (B, C, h / sr, w / sr)
+        # (B, N, C) -> (B, C, h, w) -> (B, C, h / sr, w / sr)
+        x = self.sr(tokens_to_image(x, spatial_shape))
         key_shape = (x.shape[2], x.shape[3])
-        # (B, C, h / sr, w / sr) -> (B, C, M) -> (B, M, C)
-        return self.norm(x.flatten(2).transpose(1, 2)), key_shape
+        return self.norm(image_to_tokens(x)), key_shape  # (B, M, C)
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """Forward pass.
@@ -246,10 +248,8 @@ class GlobalContext(BaseModule):
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
-        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w)
-        x = self.context(unflatten(x, 1, spatial_shape).permute(0, 3, 1, 2))
-        # (B, C, h, w) -> (B, C, N) -> (B, N, C)
-        return x.flatten(2).transpose(1, 2)
+        x = self.context(tokens_to_image(x, spatial_shape))  # (B, C, h, w)
+        return image_to_tokens(x)  # (B, N, C)
 
 
 def build_attention(

@@ -2,7 +2,6 @@
 
 from typing import Any, Tuple
 
-import torch
 import torch.nn as nn
 from mmengine.model import BaseModule
 from torch import Tensor
@@ -11,7 +10,7 @@ from mmvvt.ops import check_backend, dwconv_gelu
 from mmvvt.ops.autograd import is_transformed
 from mmvvt.ops.convolution import select_dwconv_gelu
 from mmvvt.ops.dispatch import TRITON_DTYPES, default_backend
-from mmvvt.ops.unflatten import unflatten
+from mmvvt.ops.unflatten import tokens_to_image
 
 from .stock import StockLayer, find_difference
 
@@ -36,12 +35,8 @@ class DWConv(BaseModule):
 
     def forward(self, x: Tensor, spatial_shape: Tuple[int, int]) -> Tensor:
         """Map ``(B, N, C)`` to ``(B, N, C)`` on the grid ``(h, w)``."""
-        # (B, N, C) -> (B, h, w, C) -> (B, C, h, w), a channels-last view
-        x = unflatten(x, 1, spatial_shape).permute(0, 3, 1, 2)
-        # Inductor cannot save a view with symbolic strides for the backward
-        # pass: it has to sort the strides and cannot compare them.
-        training = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        x = self.dwconv(x.contiguous() if self.plain or training else x)
+        x = tokens_to_image(x, spatial_shape)  # (B, C, h, w)
+        x = self.dwconv(x.contiguous() if self.plain else x)
         # (B, C, h, w) -> (B, h, w, C) -> (B, N, C)
         return x.permute(0, 2, 3, 1).flatten(1, 2)
 

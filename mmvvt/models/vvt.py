@@ -19,7 +19,7 @@ from torch import Tensor
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
 from mmvvt.errors import UserError
 from mmvvt.ops.autograd import in_torch_func
-from mmvvt.ops.unflatten import unflatten
+from mmvvt.ops.unflatten import is_compiled_training, tokens_to_image
 
 from . import strips
 from .attention import build_attention
@@ -192,7 +192,8 @@ class PatchEmbed(BaseModule):
                 for length in x.shape[2:]
             )
             x = F.pad(x, (0, right, 0, bottom))
-        if not in_torch_func():  # vmap has no memory formats
+        # vmap has no memory formats.
+        if not in_torch_func() and not is_compiled_training():
             # Channels last: the tokens are a view of the convolution output.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.proj(x)  # (B, C, h, w)
@@ -513,8 +514,7 @@ class VVT(BaseModule):
             x, spatial_shape = patch_embed(x)
             for block in blocks:
                 x = block(x, spatial_shape)
-            # (B, N, C) -> (B, h, w, C) -> (B, C, h, w), channels last
-            x = unflatten(norm(x), 1, spatial_shape).permute(0, 3, 1, 2)
+            x = tokens_to_image(norm(x), spatial_shape)  # (B, C, h, w)
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)

@@ -1,6 +1,7 @@
 """Visualization of training runs, predictions and benchmarks."""
 
 from .attention import draw_attention
+from .cam import draw_activation_maps
 from .curves import plot_curves
 from .predictions import draw_classification, draw_detection, draw_segmentation
 from .sheets import (
@@ -10,6 +11,7 @@ from .sheets import (
 )
 
 __all__ = [
+    'draw_activation_maps',
     'draw_attention',
     'draw_classification',
     'draw_classification_sheet',

@@ -100,7 +100,16 @@ def _fraction(colour: Colour) -> Tuple[float, ...]:
     return tuple(channel / 255 for channel in colour)
 
 
-def _shorten(name: str, length: int) -> str:
+def shorten(name: str, length: int) -> str:
+    """Shorten a name for a picture.
+
+    Args:
+        name (str): The name.
+        length (int): Maximum number of characters.
+
+    Returns:
+        str: The name; a longer one ends with an ellipsis.
+    """
     if len(name) <= length:
         return name
     return name[: length - 1].rstrip(' ,') + '…'
@@ -139,7 +148,7 @@ def draw_classification(
             fontsize=13,
             fontweight='normal' if place else 'bold',
         )
-        axis.text(0, place - 0.24, _shorten(name, 36), va='bottom', **style)
+        axis.text(0, place - 0.24, shorten(name, 36), va='bottom', **style)
         axis.text(1.03, place, f'{score:.1%}', va='center', **style)
     # Always leave room for five rows; the first row is at the top.
     axis.set(xlim=(0, 1), ylim=(4.5, -0.7))
@@ -206,7 +215,7 @@ def draw_segmentation(
                     linewidth=points / 15,
                 )
             )
-        axis.text(width + 1.6 * line, middle, _shorten(name, 22), **style)
+        axis.text(width + 1.6 * line, middle, shorten(name, 22), **style)
         axis.text(
             width + panel - 0.6 * line,
             middle,
@@ -282,7 +291,7 @@ def draw_detection(
         )
         # Black text on bright colours, by the luma of Rec. 601.
         bright = np.dot(colour, (0.299, 0.587, 0.114)) > 0.55
-        text = _shorten(names[i], 24)
+        text = shorten(names[i], 24)
         if scores is not None:
             text += f' {scores[i]:.2f}'
         tag = axis.text(

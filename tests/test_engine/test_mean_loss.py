@@ -46,8 +46,8 @@ print('done')
 
 
 def test_processes_with_other_losses(tmp_path):
-    """No process waits for another; 60 seconds are enough."""
-    run_two_processes(SCRIPT, tmp_path, timeout=60)
+    """No process waits for another."""
+    run_two_processes(SCRIPT, tmp_path, timeout=300)
 
 
 def test_one_process_is_left_alone():

@@ -31,17 +31,17 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def build(dtype=torch.float32):
+def build(dtype=torch.float32, **options):
     torch.manual_seed(0)
-    model = VVT(ARCH, out_indices=(0,))
+    model = VVT(**{'arch': ARCH, 'out_indices': (0,), **options})
     model.init_weights()
     model.to(dtype)
     return model, torch.compile(model, fullgraph=True)
 
 
-def images(*size):
+def images(*size, dtype=torch.float32):
     """Images of a size that the compiler shall not take for a constant."""
-    x = torch.randn(2, 3, *size)
+    x = torch.randn(2, 3, *size, dtype=dtype)
     for dim in (2, 3):
         torch._dynamo.maybe_mark_dynamic(x, dim)
     return x
@@ -116,3 +116,31 @@ def test_training_under_autocast():
     allowed = errors(eager_grads, wanted)
     for name, error in errors(grads, wanted).items():
         assert error < 2 * allowed[name] + 0.02, name
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        # The output of a stage is the input of a convolution.
+        dict(arch=dict(ARCH, sr_ratios=[2, 1, 1, 1]), out_indices=(1,)),
+        dict(
+            attn_cfg=dict(attention='softmax', fpc=False),
+            patch_cfg=dict(overlap=False),
+        ),
+        dict(
+            attn_cfg=dict(attention='global_context'),
+            mlp_cfg=dict(dwconv=False),
+            patch_cfg=dict(pos_embed_size=64),
+        ),
+    ],
+    ids=['two-stages', 'softmax', 'global-context'],
+)
+def test_training_with_symbolic_sizes(options):
+    """Stages and ablation variants, at sizes that no stride divides."""
+    model, compiled = build(torch.float64, **options)
+    for size in ((64, 94), (97, 66)):
+        x = images(*size, dtype=torch.float64)
+        out, grads = forward_backward(compiled, model, x)
+        expected, wanted = forward_backward(model, model, x)
+        assert relative_error(out, expected) < 1e-12
+        assert max(errors(grads, wanted, 1e-6).values()) < 1e-9
