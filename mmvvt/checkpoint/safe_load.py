@@ -267,8 +267,12 @@ def register_safe_globals() -> None:
             (dict, 'builtins.dict'),
             (int, 'builtins.int'),
             (frozenset, 'builtins.frozenset'),
-            (_path, 'pathlib.PosixPath'),
-            (_path, 'pathlib.PurePosixPath'),
+            # Python 3.13 has the classes in a module of their own.
+            *(
+                (_path, f'{module}.{name}')
+                for module in ('pathlib', 'pathlib._local')
+                for name in ('PosixPath', 'PurePosixPath')
+            ),
             (_safe_dtype, 'numpy.dtype'),
             (_LoadedDtype, 'mmvvt.checkpoint.safe_load._LoadedDtype'),
             (_LoadedArray, 'numpy.ndarray'),

@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -288,6 +290,30 @@ def test_files_of_stock_hooks_can_be_read(value, expected, tmp_path):
     torch.save(dict(state_dict={}, meta=dict(value=value)), path)
     found = load_checkpoint_file(path)['meta']['value']
     assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize('name', ['PosixPath', 'PurePosixPath'])
+@pytest.mark.parametrize('module', ['pathlib', 'pathlib._local'])
+def test_paths_of_every_python(module, name, tmp_path, monkeypatch):
+    """Python 3.13 stores the names of another module than the others."""
+
+    class Path:
+        def __reduce__(self):
+            return make, ('/', 'a', 'b')
+
+    def make(*parts):
+        raise AssertionError
+
+    make.__module__, make.__qualname__ = module, name
+    fake = types.ModuleType(module)
+    setattr(fake, name, make)
+    path = str(tmp_path / 'stock.pth')
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, fake)
+        torch.save(dict(state_dict={}, meta=dict(value=Path())), path)
+    stored = pathlib.Path(path).read_bytes()
+    assert f'c{module}\n{name}\n'.encode() in stored
+    assert load_checkpoint_file(path)['meta']['value'] == '/a/b'
 
 
 class Exotic:
