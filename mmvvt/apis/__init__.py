@@ -1,9 +1,10 @@
-"""Public Python API: models by name, inference and export.
+"""Public Python API: models by name, inference, export and ablations.
 
 Importing it adds the classifiers to the models of mmpretrain, so that
 ``mmpretrain.get_model`` and the inferencers of mmpretrain find them by name.
 """
 
+from .ablation import Variant, prepare_variants, run_grid
 from .attention import AttentionMaps, attention_maps
 from .cam import ActivationMap, ActivationMaps, class_activation_maps
 from .dry_run import dry_run
@@ -20,6 +21,7 @@ __all__ = [
     'AttentionMaps',
     'ExportResult',
     'Predictor',
+    'Variant',
     'attention_maps',
     'choose_device',
     'class_activation_maps',
@@ -29,4 +31,6 @@ __all__ = [
     'get_model',
     'keep_freed_memory',
     'list_models',
+    'prepare_variants',
+    'run_grid',
 ]

@@ -11,7 +11,7 @@ from mmvvt.analysis.ablation import (
     summarize,
     to_markdown,
 )
-from mmvvt.apis.ablation import prepare_variants, run_grid
+from mmvvt.apis import prepare_variants, run_grid
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.visualization.ablation import plot_ablation
