@@ -1,15 +1,4 @@
 # Feature reduction ratio 4.
-_base_ = '../classification/vvt-tiny_8xb128_cifar100.py'
+_base_ = './vvt-tiny-fr1_8xb128_cifar100.py'
 
-model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            embed_dims=[96, 160, 320, 512],
-            num_heads=[1, 2, 5, 8],
-            mlp_ratios=[8, 8, 4, 4],
-            depths=[2, 2, 2, 2],
-            fr_ratios=[4, 4, 4, 4],
-        )
-    )
-)
+model = dict(backbone=dict(arch=dict(fr_ratios=[4, 4, 4, 4])))

@@ -13,6 +13,7 @@ from mmengine.config import Config
 
 from mmvvt.analysis.ablation import (
     Result,
+    check_variants,
     digest,
     last_value,
     read_grid,
@@ -29,6 +30,7 @@ from conftest import ROOT, run_tool
 
 TOOL = 'tools/analysis_tools/ablation.py'
 CONFIGS = ROOT / 'configs' / 'ablation'
+RESULTS = ROOT / 'benchmarks' / 'ablation'
 SMALL = {
     'model.backbone.arch': dict(
         _delete_=True,
@@ -463,3 +465,35 @@ def test_grids_of_the_project(path):
     assert len(grid.seeds) >= 3
     variants = prepare_variants(grid)
     assert len({v.digest for v in variants}) == len(variants)
+    # Peers have the multiply-adds of the main variant.
+    adds = {v.name: v.complexity.multiply_adds for v in variants}
+    for peer in ('pvtv2', 'swin', 'resnet', 'convnext'):
+        assert adds[peer] == pytest.approx(adds['vvt'], rel=0.05), peer
+    # Published results are of the present configs.
+    found = {v.name: v for v in variants}
+    for row in read_results(str(RESULTS / f'{path.stem}.csv')):
+        variant = found[row.variant]
+        assert row.config == variant.digest
+        assert row.metric == grid.metric and row.seed in grid.seeds
+        assert row.parameters == variant.complexity.parameters
+        assert row.multiply_adds == variant.complexity.multiply_adds
+
+
+@pytest.mark.parametrize(
+    'page,grid,names',
+    [
+        ('locality', 'fashion-mnist', 'vvt 1d no-locality softmax'),
+        ('feature_reduction', 'fashion-mnist', 'vvt fr1 fr4 fr8'),
+        ('peers', 'fashion-mnist', 'vvt pvtv2 swin resnet convnext'),
+    ],
+)
+def test_tables_of_the_pages(page, grid, names):
+    """The tables are those that ``--report`` prints."""
+    grid = read_grid(str(CONFIGS / f'{grid}.yml'))
+    rows = read_results(str(RESULTS / f'{grid.name}.csv'))
+    order = check_variants(grid, names.split())
+    rows = [r for r in rows if r.variant in order]
+    rows.sort(key=lambda r: (order.index(r.variant), r.seed))
+    table = to_markdown(summarize(rows), grid.metric)
+    text = (ROOT / 'docs' / 'evidence' / f'{page}.md').read_text()
+    assert table in text
