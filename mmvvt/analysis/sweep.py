@@ -27,7 +27,9 @@ STRIDE = 32
 MEASURED, OUT_OF_MEMORY = 'measured', 'out of memory'
 # GiB that are reserved for each process that waits for its turn: libraries,
 # weights, image and memory that the C library has not returned.
-WAITING_GIB = 1.0
+WAITING_GIB = 1.5
+# Smallest default limit in GiB: libraries and a small pass.
+LOWEST_LIMIT_GIB = 1.5
 # Part of the available memory that the sweep may use.
 SHARE = 0.9
 # Seconds between runs, in which the threads of the last process end to wait
@@ -515,7 +517,7 @@ NOT_MEASURED: Dict[str, Any] = dict(
 def default_limit(models: int) -> float:
     """Return the default limit of the memory of a process, in GiB.
 
-    It is 90 % of the available memory, without 1 GiB for each of the other
+    It is 90 % of the available memory, without 1.5 GiB for each of the other
     models, whose processes wait for their turn.
 
     Args:
@@ -525,9 +527,18 @@ def default_limit(models: int) -> float:
         float: Limit in GiB.
 
     Raises:
-        UserError: If the system is not Linux.
+        UserError: If this is less than 1.5 GiB, or if the system is not
+            Linux.
     """
-    return max(0.0, SHARE * (available_gib() - (models - 1) * WAITING_GIB))
+    available = available_gib()
+    limit = SHARE * (available - (models - 1) * WAITING_GIB)
+    if limit < LOWEST_LIMIT_GIB:
+        raise UserError(
+            f'{available:.1f} GiB of memory are available, not enough for '
+            f'a sweep of {models} models: select fewer models, or set the '
+            'memory limit of a process'
+        )
+    return limit
 
 
 def sweep(
@@ -564,7 +575,8 @@ def sweep(
     Raises:
         UserError: If a name is unknown, a package is missing, a model does
             not accept one of the sides, ``runs`` or ``limit_gib`` is not
-            positive, PyTorch uses a GPU, or the system is not Linux.
+            positive, there is too little memory for the default limit,
+            PyTorch uses a GPU, or the system is not Linux.
     """
     if runs < 1:
         raise UserError(f'the number of runs must be 1 or more, got {runs}')

@@ -3,7 +3,7 @@
 from typing import List
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ..analysis.sweep import OUT_OF_MEMORY, Growth, SweepRow
 from ..errors import UserError
@@ -21,6 +21,8 @@ MEASURED_PANELS = ('peak_gib', 'seconds')
 # Height of the marks of models out of memory, as a fraction of the panel, and
 # the distance between those of two models.
 TOP, STEP = 0.96, 0.045
+# Factor by which the panels extend above the largest value, for these marks.
+MARGIN = 6
 
 
 def check_picture(path: str) -> None:
@@ -109,6 +111,13 @@ def plot_sweep(
                 )
         axis.set_xscale('log', base=2)
         axis.set_yscale('log')
+        if name in MEASURED_PANELS:
+            axis.set_ylim(top=axis.get_ylim()[1] * MARGIN)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f'{value:g}')
+        )
         axis.set_xticks(sides)
         axis.set_xticklabels([str(side) for side in sides], rotation=45)
         axis.set_xlim(sides[0] / 1.1, sides[-1] * 1.1)

@@ -319,8 +319,13 @@ def test_available_memory(tmp_path, monkeypatch):
     assert memory.available_gib() == pytest.approx(free, rel=0.2)
     (tmp_path / 'max').write_text(f'{(1 << 29) + (1 << 20)}\n')
     assert memory.available_gib() == pytest.approx(2**-10)
-    assert sweep.default_limit(1) == pytest.approx(0.9 * 2**-10)
-    assert sweep.default_limit(3) == 0
+    with pytest.raises(UserError, match='0.0 GiB of memory are available'):
+        sweep.default_limit(1)
+    monkeypatch.setattr(sweep, 'available_gib', lambda: 8.0)
+    assert sweep.default_limit(1) == pytest.approx(0.9 * 8)
+    assert sweep.default_limit(3) == pytest.approx(0.9 * (8 - 3))
+    with pytest.raises(UserError, match='for a sweep of 6 models'):
+        sweep.default_limit(6)
 
 
 @without_gpu

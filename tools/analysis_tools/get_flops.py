@@ -82,7 +82,7 @@ def parse_args():
         type=float,
         metavar='GIB',
         help='memory limit of a process (default: 90 %% of the available '
-        'memory, without 1 GiB for each process that waits). Rows out of '
+        'memory, without 1.5 GiB for each process that waits). Rows out of '
         'memory are measured again with a higher limit',
     )
     group.add_argument(
