@@ -73,6 +73,30 @@ def atomic_write(
         raise WriteError(_explain(fault, path, size)) from fault
 
 
+def check_writable(path: str) -> None:
+    """Check that a file can be written, before a long computation.
+
+    The parent folder is created if it does not exist. An existing file is
+    not changed.
+
+    Args:
+        path (str): Path of the file.
+
+    Raises:
+        WriteError: If the path is a folder, or if no file can be created in
+            its parent folder. It names the path and the reason.
+    """
+    if os.path.isdir(path):
+        raise WriteError(f'cannot write {path}: it is a folder')
+    parent = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent, prefix=TEMPORARY_PREFIX):
+            pass
+    except OSError as error:
+        raise WriteError(_explain(error, path, None)) from error
+
+
 @contextmanager
 def atomic_group(
     path: str, companions: Sequence[str] = (), size: Optional[int] = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..arch import ARCH_SETTINGS
 from ..errors import UserError
+from ..fileio import atomic_write
 from .memory import peak_memory_gib
 
 # Other backbones with 23 to 29 M parameters and four stages of strides 4 to
@@ -442,21 +443,28 @@ def write_csv(path: str, rows: Sequence[Any]) -> None:
     """Write rows to a CSV file with a header.
 
     Args:
-        path (str): Path of the file.
+        path (str): Path of the file. An existing file is replaced once the
+            new one is complete.
         rows (Sequence): Instances of one dataclass, such as :class:`Row`, at
             least one.
+
+    Raises:
+        WriteError: If the file cannot be written.
     """
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        names = [field.name for field in fields(rows[0])]
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {
-                    key: f'{value:.4g}' if isinstance(value, float) else value
-                    for key, value in asdict(row).items()
-                }
-            )
+    names = [field.name for field in fields(rows[0])]
+    with atomic_write(path) as temporary:
+        with open(temporary, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            for row in rows:
+                writer.writerow(
+                    {
+                        key: f'{value:.4g}'
+                        if isinstance(value, float)
+                        else value
+                        for key, value in asdict(row).items()
+                    }
+                )
 
 
 def read_csv(path: str) -> List[Row]:

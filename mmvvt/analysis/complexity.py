@@ -1,13 +1,15 @@
-"""Parameters and multiply-adds of a model."""
+"""Parameters, multiply-adds and activations of a model."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..models import ConvMLP, VicinityAttention
 
@@ -20,10 +22,13 @@ class Complexity:
         parameters (int): Total number of elements of all parameters.
         multiply_adds (int): Multiply-adds of matrix products and
             convolutions.
+        activations (int): Total number of elements of the outputs of the
+            same operations.
     """
 
     parameters: int
     multiply_adds: int
+    activations: int
 
 
 # RoI heads of two-stage detectors. Their FLOPs are counted with the usual
@@ -33,9 +38,41 @@ NUM_PROPOSALS = 1000
 NUM_MASKS = 100
 
 
+class _ActivationCounter(TorchDispatchMode):
+    """Counts the elements of the outputs of products and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += out.numel()
+        return out
+
+
+@contextmanager
+def _attention_as_products() -> Iterator[None]:
+    """Let PyTorch compute attention as matrix products, which are counted.
+
+    Its fused kernels are single operations without a formula for their
+    multiply-adds on the CPU.
+    """
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
+
+
 def _is_detector(model: nn.Module) -> bool:
+    # Backbones of mmdet take one tensor.
     return any(
-        cls.__module__.startswith('mmdet.') for cls in type(model).__mro__
+        cls.__module__.startswith('mmdet.models.detectors.')
+        for cls in type(model).__mro__
     )
 
 
@@ -95,11 +132,15 @@ def _run(model: nn.Module, images: Tensor) -> None:
 
 
 def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
-    """Count the parameters and multiply-adds of one forward pass.
+    """Count parameters, multiply-adds and activations of one forward pass.
 
     Matrix products and convolutions are counted where PyTorch dispatches
-    them, which includes functional calls in attention. Additions,
-    activations, normalization and resizing are not counted. VVT is counted
+    them, which includes functional calls in attention.
+    ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` are counted
+    as the matrix products that define them, whichever kernel would compute
+    them. Additions, activation functions, normalization and resizing are not
+    counted. The number of activations is the number of elements of the
+    outputs of the same matrix products and convolutions. VVT is counted
     with the reference implementation of linear attention, whose features
     have four times the head dimension, as in the paper. The count does not
     depend on the backend that the model is configured with.
@@ -112,13 +153,17 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     head. The sampling in RoIAlign and in deformable attention is not
     counted.
 
+    The values of the tensors are not needed: a model on the meta device is
+    counted without computing and without memory for its tensors.
+
     Args:
         model (nn.Module): Model that takes one tensor. A detector of mmdet
             also takes data samples and is called with empty ones.
         input_shape (tuple[int, ...]): Input shape ``(B, C, H, W)``.
 
     Returns:
-        Complexity: Parameters, and multiply-adds for the whole batch.
+        Complexity: Parameters, and multiply-adds and activations for the
+        whole batch.
     """
     attentions = [
         m for m in model.modules() if isinstance(m, VicinityAttention)
@@ -137,8 +182,9 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
             attention.clamp = True
         device = next(model.parameters()).device
         counter = FlopCounterMode(display=False)
-        # PyTorch does not count all of its fused kernels of softmax attention.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        outputs = _ActivationCounter()
+        # The outer mode receives the operations that the inner one counts.
+        with torch.no_grad(), _attention_as_products(), outputs, counter:
             _run(model, torch.zeros(input_shape, device=device))
     finally:
         for module, backend in zip(both, backends):
@@ -150,4 +196,5 @@ def count(model: nn.Module, input_shape: Tuple[int, ...]) -> Complexity:
     return Complexity(
         parameters=sum(p.numel() for p in model.parameters()),
         multiply_adds=counter.get_total_flops() // 2,
+        activations=outputs.total,
     )
