@@ -137,6 +137,8 @@ def machine_line(threads: Optional[int] = None) -> str:
                 )
         except (OSError, StopIteration):
             pass  # not Linux
+        # Some names are shared by processors of very different speed.
+        device = f'{device} ({torch.backends.cpu.get_cpu_capability()})'
     return (
         f'{device}, {threads or torch.get_num_threads()} threads, Python '
         f'{platform.python_version()}, torch {torch.__version__}'
