@@ -18,7 +18,7 @@ model = dict(
     train_cfg=None,
 )
 
-# Random shifts by up to 4 pixels. Cropping is much faster than resizing.
+# Random shifts by up to 2 pixels. Cropping is much faster than resizing.
 train_pipeline = [
     dict(type='RandomCrop', crop_size=32, padding=4),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),

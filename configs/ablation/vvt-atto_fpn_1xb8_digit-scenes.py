@@ -35,4 +35,4 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(max_iters=iterations, val_interval=iterations)
-default_hooks = dict(checkpoint=dict(interval=iterations))
+default_hooks = dict(checkpoint=dict(interval=500))

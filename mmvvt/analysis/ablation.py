@@ -159,10 +159,12 @@ def read_grid(path: str) -> Grid:
             f'{path}: variants must map names to settings, got {variants!r}'
         )
     for name, settings in variants.items():
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict) or not all(
+            isinstance(key, str) for key in settings
+        ):
             raise UserError(
-                f'{path}: the settings of {name} must be a mapping, {{}} for '
-                f'none, got {settings!r}'
+                f'{path}: the settings of {name} must map dotted keys to '
+                f'values, {{}} for none, got {settings!r}'
             )
     beside = Path(path).parent / content['config']
     return Grid(
@@ -197,6 +199,15 @@ def check_variants(grid: Grid, names: Optional[Sequence[str]]) -> List[str]:
     return [name for name in grid.variants if not names or name in names]
 
 
+def _with_text_keys(value: Any) -> Any:
+    """Convert all keys to strings, so that they can be sorted."""
+    if isinstance(value, dict):
+        return {str(k): _with_text_keys(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_text_keys(v) for v in value]
+    return value
+
+
 def digest(cfg: Config) -> str:
     """Return a short hash of a config, without its seed and folder.
 
@@ -214,11 +225,11 @@ def digest(cfg: Config) -> str:
         for key, value in (settings.get('randomness') or {}).items()
         if key != 'seed'
     }
-    text = json.dumps(settings, sort_keys=True, default=str)
+    text = json.dumps(_with_text_keys(settings), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
-def last_value(work_dir: str, metric: str) -> Optional[float]:
+def last_value(work_dir: str, metric: str) -> float:
     """Read the last value of a metric that the runner logged.
 
     Args:
@@ -227,12 +238,12 @@ def last_value(work_dir: str, metric: str) -> Optional[float]:
         metric (str): Name of the metric.
 
     Returns:
-        float | None: The last value; None if there is none.
+        float: The last value.
 
     Raises:
-        UserError: If the value is not a finite number.
+        UserError: If there is no value, or it is not a finite number.
     """
-    value = None
+    logged: Dict[str, Any] = {}
     # The folders are named after the time at which the run was started.
     for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
         for line in path.read_text(encoding='utf-8').splitlines():
@@ -240,10 +251,16 @@ def last_value(work_dir: str, metric: str) -> Optional[float]:
                 found = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the run was killed while it wrote the line
-            value = found.get(metric, value)
-    if value is not None and not math.isfinite(float(value)):
+            logged.update(found)
+    value = logged.get(metric)
+    if value is None:
+        raise UserError(
+            f'no {metric} was logged in {work_dir}, only '
+            f'{", ".join(sorted(logged)) or "nothing"}'
+        )
+    if not math.isfinite(value):
         raise UserError(f'{metric} in {work_dir} is {value}')
-    return None if value is None else float(value)
+    return float(value)
 
 
 def write_results(path: str, results: Sequence[Result]) -> None:
@@ -262,7 +279,7 @@ def write_results(path: str, results: Sequence[Result]) -> None:
             writer.writeheader()
             for result in results:
                 row = asdict(result)
-                row['value'] = f'{result.value:.2f}'
+                row['value'] = f'{result.value:.6g}'
                 row['seconds'] = f'{result.seconds:.0f}'
                 writer.writerow(row)
 
@@ -294,9 +311,9 @@ def read_results(path: str) -> List[Result]:
                 Result(**{key: types[key](row[key]) for key in types})
                 for row in reader
             ]
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f'cannot read {path}: {error}') from error
 
 
@@ -344,10 +361,10 @@ def to_markdown(summaries: Sequence[Summary], metric: str) -> str:
         '|---|---|---|---|---|---|',
     ]
     for s in summaries:
-        std = 'N/A' if math.isnan(s.std) else f'{s.std:.2f}'
+        std = 'N/A' if math.isnan(s.std) else f'{s.std:#.2g}'
         lines.append(
             f'| {s.variant} | {s.parameters / 1e6:.3f} | '
-            f'{s.multiply_adds / 1e6:.2f} | {s.mean:.2f} | {std} | '
+            f'{s.multiply_adds / 1e6:.2f} | {s.mean:#.4g} | {std} | '
             f'{len(s.values)} |'
         )
     return '\n'.join(lines)

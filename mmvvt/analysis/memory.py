@@ -2,19 +2,28 @@
 
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Iterator
 
 import torch
 
 from ..errors import UserError
 
-# Limit and use of the memory of a container, in bytes: version 2 and version
-# 1 of control groups.
+# Limit and use of the memory of a container in bytes, and the field of its
+# statistics with the cached files that can be dropped: version 2 and version 1
+# of control groups.
 CONTROL_GROUPS = (
-    ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'),
     (
-        '/sys/fs/cgroup/memory/memory.limit_in_bytes',
-        '/sys/fs/cgroup/memory/memory.usage_in_bytes',
+        '/sys/fs/cgroup',
+        'memory.max',
+        'memory.current',
+        'inactive_file',
+    ),
+    (
+        '/sys/fs/cgroup/memory',
+        'memory.limit_in_bytes',
+        'memory.usage_in_bytes',
+        'total_inactive_file',
     ),
 )
 
@@ -50,14 +59,17 @@ def available_gib() -> float:
         UserError: If the system is not Linux.
     """
     available = _read_kib('/proc/meminfo', 'MemAvailable', 'available memory')
-    for limit_path, usage_path in CONTROL_GROUPS:
+    for folder, limit_name, usage_name, field in CONTROL_GROUPS:
         try:
-            with open(limit_path, encoding='utf-8') as file:
-                limit = int(file.read())
-            with open(usage_path, encoding='utf-8') as file:
-                usage = int(file.read())
+            limit, usage = (
+                int(Path(folder, name).read_text(encoding='utf-8'))
+                for name in (limit_name, usage_name)
+            )
+            statistics = Path(folder, 'memory.stat').read_text('utf-8')
         except (OSError, ValueError):  # 'max' means that there is no limit
             continue
+        cached = re.search(rf'^{field} (\d+)$', statistics, re.M)
+        usage -= int(cached[1]) if cached else 0
         available = min(available, (limit - usage) / 2**30)
     return available
 

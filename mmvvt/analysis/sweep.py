@@ -590,6 +590,7 @@ def sweep(
             'a sweep requires a machine without a GPU: hide the GPU with '
             'CUDA_VISIBLE_DEVICES='
         )
+    resident_gib()  # raises if the system is not Linux
     names = list(dict.fromkeys(names))
     models = {name: build(name).to('meta') for name in names}
     for name in names:
@@ -605,7 +606,7 @@ def sweep(
         for row in known
         if row.status == MEASURED
         or limit_gib is None
-        or row.limit_gib >= limit_gib
+        or row.limit_gib >= float(f'{limit_gib:.4g}')  # as in the file
     }
     for side in sides:
         missing = [name for name in names if (name, side) not in kept]

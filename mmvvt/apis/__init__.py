@@ -4,7 +4,12 @@ Importing it adds the classifiers to the models of mmpretrain, so that
 ``mmpretrain.get_model`` and the inferencers of mmpretrain find them by name.
 """
 
-from .ablation import Variant, prepare_variants, run_grid
+from .ablation import (
+    Variant,
+    prepare_variants,
+    run_grid,
+    select_results,
+)
 from .attention import AttentionMaps, attention_maps
 from .cam import ActivationMap, ActivationMaps, class_activation_maps
 from .dry_run import dry_run
@@ -33,4 +38,5 @@ __all__ = [
     'list_models',
     'prepare_variants',
     'run_grid',
+    'select_results',
 ]

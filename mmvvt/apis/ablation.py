@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
 
@@ -25,11 +26,18 @@ from ..analysis.ablation import (
 from ..analysis.benchmark import machine_line
 from ..analysis.complexity import Complexity, count
 from ..errors import UserError
+from ..fileio import atomic_write, check_writable
 from ..preflight import build_model, read_config
+
+try:
+    import fcntl
+except ImportError:  # Windows: two commands must not share a work directory
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG_FILE = 'ablation_config.py'
 LOG_FILE = 'output.txt'
 SECONDS_FILE = 'seconds.txt'
+LOCK_FILE = 'lock'
 
 
 @dataclass
@@ -65,10 +73,18 @@ def prepare_variants(
     Raises:
         UserError: If a name is unknown, or a config is invalid.
     """
+    base = read_config(grid.config)
     variants = []
     for name in check_variants(grid, names):
-        cfg = read_config(grid.config, copy.deepcopy(grid.variants[name]))
+        settings = copy.deepcopy(grid.variants[name])
+        unknown = [key for key in settings if key.split('.')[0] not in base]
+        if unknown:
+            raise UserError(
+                f'variant {name}: {grid.config} has no setting '
+                f'{", ".join(unknown)}'
+            )
         try:
+            cfg = read_config(grid.config, settings)
             complexity = count(build_model(cfg), (1, *grid.input_shape))
         except UserError as error:
             raise UserError(f'variant {name}: {error}') from error
@@ -83,6 +99,73 @@ def prepare_variants(
     return variants
 
 
+def select_results(
+    grid: Grid,
+    variants: Sequence[Variant],
+    results: Sequence[Result],
+    seeds: Optional[Sequence[int]] = None,
+) -> List[Result]:
+    """Select the results of the present configs and metric of a grid.
+
+    Args:
+        grid (Grid): The grid.
+        variants (Sequence[Variant]): Variants, from :func:`prepare_variants`.
+        results (Sequence[Result]): Results of any variants, seeds, configs
+            and metrics, such as all rows of a CSV file.
+        seeds (Sequence[int], optional): Seeds. Defaults to None, those of the
+            grid.
+
+    Returns:
+        list[Result]: Results of these variants and seeds, in the order of the
+        variants, with the cost for the input shape of the grid.
+    """
+    seeds = list(grid.seeds if seeds is None else seeds)
+    names = [variant.name for variant in variants]
+    found = {variant.name: variant for variant in variants}
+    selected = [
+        replace(
+            result,
+            parameters=found[result.variant].complexity.parameters,
+            multiply_adds=found[result.variant].complexity.multiply_adds,
+        )
+        for result in results
+        if result.variant in found
+        and result.seed in seeds
+        and result.metric == grid.metric
+        and result.config == found[result.variant].digest
+    ]
+    return sorted(selected, key=lambda r: (names.index(r.variant), r.seed))
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[List[int]]:
+    """Lock a folder in this process and in the processes that it starts.
+
+    Args:
+        folder (Path): The folder; it is created.
+        wait (bool): Whether to wait for a lock that another process holds.
+
+    Yields:
+        list[int]: File descriptor of the lock. A process that gets it keeps
+        the lock, also if this process ends first.
+
+    Raises:
+        UserError: If another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield []
+        return
+    with open(folder / LOCK_FILE, 'w', encoding='utf-8') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(
+                f'another process is training in {folder}'
+            ) from error
+        yield [file.fileno()]
+
+
 def _train(
     variant: Variant, seed: int, metric: str, folder: Path, env: Dict[str, str]
 ) -> float:
@@ -91,50 +174,50 @@ def _train(
     Raises:
         UserError: If the run fails or logs no such metric.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     cfg = Config(variant.cfg.to_dict())
     cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     config = folder / CONFIG_FILE
-    cfg.dump(str(config))
     log = folder / LOG_FILE
     command = [sys.executable, '-m', 'mmvvt', 'train', str(config)]
     command += ['--work-dir', str(folder), '--resume']
-    start = time.time()
-    try:
-        with open(log, 'ab') as output:
-            done = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, env=env
-            )
-    finally:
-        # The time of a run that is interrupted and resumed is the sum.
-        seconds = _seconds(folder) + time.time() - start
-        (folder / SECONDS_FILE).write_text(f'{seconds:.1f}\n')
+    with _locked(folder, wait=False) as lock:
+        cfg.dump(str(config))
+        start = time.time()
+        try:
+            with open(log, 'ab') as output:
+                done = subprocess.run(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    pass_fds=lock,
+                )
+        finally:
+            # The time of a run that is interrupted and resumed is the sum.
+            seconds = _seconds(folder) + time.time() - start
+            with atomic_write(str(folder / SECONDS_FILE)) as temporary:
+                Path(temporary).write_text(f'{seconds:.1f}\n')
     if done.returncode:
         lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
         raise UserError(
-            f'{variant.name}, seed {seed}: training exited with code '
-            f'{done.returncode}: {lines[-1] if lines else "no output"} (see '
-            f'{log})'
+            f'training exited with code {done.returncode}: '
+            f'{lines[-1] if lines else "no output"} (see {log})'
         )
-    value = last_value(str(folder), metric)
-    if value is None:
-        raise UserError(
-            f'{variant.name}, seed {seed}: the validation logged no {metric}, '
-            f'see {log}'
-        )
-    return value
+    return last_value(str(folder), metric)
 
 
 def _seconds(folder: Path) -> float:
-    path = folder / SECONDS_FILE
-    return float(path.read_text()) if path.is_file() else 0.0
+    """Read the time of the earlier attempts of a run."""
+    try:
+        return float((folder / SECONDS_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return 0.0
 
 
-def _environment(threads: Optional[int]) -> Dict[str, str]:
-    env = dict(os.environ)
-    if threads is not None:
-        env['OMP_NUM_THREADS'] = str(threads)
-    return env
+def _num_processors() -> int:
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_grid(
@@ -152,9 +235,11 @@ def run_grid(
     the CSV file at once, so that a grid that was interrupted continues with
     the next call: finished runs are skipped, and an interrupted run resumes
     from its newest checkpoint. Results of the same variant and seed with
-    another config are replaced. The first seed of all variants runs first.
+    another config or metric are replaced. The first seed of all variants runs
+    first.
 
     A run that fails does not stop the others; the error is raised at the end.
+    Several processes may run parts of the same grid in one work directory.
 
     Args:
         grid (Grid): The grid.
@@ -172,30 +257,44 @@ def run_grid(
         list[Result]: All results of these variants and seeds.
 
     Raises:
+        WriteError: If the CSV file cannot be written.
         UserError: If runs failed; the message has a line for each of them.
     """
     if jobs < 1:
         raise UserError(f'jobs must be at least 1, got {jobs}')
-    seeds = list(grid.seeds if seeds is None else seeds)
-    results = read_results(csv)
-    done = {(r.variant, r.seed, r.config) for r in results}
+    check_writable(csv)
+    seeds = list(dict.fromkeys(grid.seeds if seeds is None else seeds))
+    results = select_results(grid, variants, read_results(csv), seeds)
+    done = {(r.variant, r.seed) for r in results}
     todo = [
         (variant, seed)
         for seed in seeds
         for variant in variants
-        if (variant.name, seed, variant.digest) not in done
+        if (variant.name, seed) not in done
     ]
     total = len(seeds) * len(variants)
     report(
         f'{total} runs: {total - len(todo)} finished before, {len(todo)} to do'
     )
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    threads = max(1, _num_processors() // jobs) if jobs > 1 else None
+    env = dict(os.environ)
+    if threads is not None:
+        env['OMP_NUM_THREADS'] = str(threads)
     machine = machine_line(threads)
-    env = _environment(threads)
     lock = threading.Lock()
     start = time.time()
     failures: List[str] = []
     finished = 0
+
+    def add(result: Result) -> None:
+        """Replace the result of a variant and seed in the CSV file."""
+        with _locked(Path(work_dir), wait=True):
+            others = [
+                r
+                for r in read_results(csv)
+                if (r.variant, r.seed) != (result.variant, result.seed)
+            ]
+            write_results(csv, [*others, result])
 
     def run(variant: Variant, seed: int) -> None:
         nonlocal finished
@@ -205,8 +304,8 @@ def run_grid(
         except UserError as error:
             with lock:
                 finished += 1
-                failures.append(str(error))
-                report(f'failed: {error}')
+                failures.append(f'{variant.name}, seed {seed}: {error}')
+                report(f'failed: {failures[-1]}')
             return
         result = Result(
             variant=variant.name,
@@ -221,16 +320,11 @@ def run_grid(
         )
         with lock:
             finished += 1
-            results[:] = [
-                r
-                for r in results
-                if (r.variant, r.seed) != (variant.name, seed)
-            ] + [result]
-            write_results(csv, results)
+            add(result)
             left = (time.time() - start) / finished * (len(todo) - finished)
             report(
                 f'[{finished}/{len(todo)}] {variant.name}, seed {seed}: '
-                f'{grid.metric} {value:.2f} in {result.seconds:.0f} s, about '
+                f'{grid.metric} {value:#.4g} in {result.seconds:.0f} s, about '
                 f'{left / 60:.0f} min left'
             )
 
@@ -245,8 +339,4 @@ def run_grid(
             raise
     if failures:
         raise UserError('\n'.join(failures))
-    names = [variant.name for variant in variants]
-    return sorted(
-        (r for r in results if r.variant in names and r.seed in seeds),
-        key=lambda r: (names.index(r.variant), r.seed),
-    )
+    return select_results(grid, variants, read_results(csv), seeds)

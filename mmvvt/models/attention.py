@@ -23,7 +23,12 @@ from mmvvt.ops.unflatten import (
     unflatten,
 )
 
-ATTENTIONS = ('vicinity', 'softmax', 'global_context')
+# Arguments of each kind of attention, besides `attention`
+ARGUMENTS = {
+    'vicinity': ('locality', 'clamp', 'eps', 'se_ratio', 'fpc', 'backend'),
+    'softmax': ('clamp', 'se_ratio', 'fpc', 'backend'),
+    'global_context': ('ratio', 'backend'),
+}
 
 
 class VicinityAttention(BaseModule):
@@ -49,8 +54,8 @@ class VicinityAttention(BaseModule):
         se_ratio (int): Channel reduction ratio of the hidden layer of the
             FPC gate. Defaults to 1, as in all published models.
         locality (str): Type of locality: 'sum', 'product', '1d' or 'none',
-            see :func:`mmvvt.ops.vicinity_attention`. Softmax attention has
-            no locality and allows only the default. Defaults to 'sum'.
+            see :func:`mmvvt.ops.vicinity_attention`. Not used by softmax
+            attention. Defaults to 'sum'.
         clamp (bool): Whether to apply the six magnitude clamps of the
             official code, which published checkpoints require. Softmax
             attention has only the last two, of the output projection and of
@@ -110,11 +115,6 @@ class VicinityAttention(BaseModule):
         if locality not in LOCALITIES:
             raise UserError(
                 f'locality must be one of {LOCALITIES}, got {locality!r}'
-            )
-        if attention == 'softmax' and locality != 'sum':
-            raise UserError(
-                "attention='softmax' has no locality, got "
-                f'locality={locality!r}'
             )
         check_backend(backend)
         self.attention = attention
@@ -239,7 +239,7 @@ class GlobalContext(BaseModule):
 
     def __init__(self, embed_dims: int, ratio: float = 0.25, init_cfg=None):
         super().__init__(init_cfg)
-        if embed_dims * ratio < 1:
+        if not isinstance(ratio, (int, float)) or embed_dims * ratio < 1:
             raise UserError(
                 'embed_dims * ratio must be at least 1, got '
                 f'{embed_dims} * {ratio}'
@@ -271,28 +271,28 @@ def build_attention(
             :class:`VicinityAttention`, 'global_context' for
             :class:`GlobalContext`, which has neither heads nor ratios.
             Defaults to 'vicinity'.
-        **kwargs: Further arguments of the class. 'global_context' accepts and
-            ignores ``backend``, which also selects that of the MLP.
+        **kwargs: Further arguments, see :data:`ARGUMENTS`. ``backend`` is
+            that of the MLP, too.
 
     Returns:
         VicinityAttention | GlobalContext: The module.
 
     Raises:
         UserError: If the attention is unknown, or an argument is invalid or
-            has no meaning for it.
+            has no effect on it.
     """
-    if attention not in ATTENTIONS:
+    if attention not in ARGUMENTS:
         raise UserError(
-            f'attention must be one of {ATTENTIONS}, got {attention!r}'
+            f'attention must be one of {tuple(ARGUMENTS)}, got {attention!r}'
+        )
+    unknown = sorted(set(kwargs) - set(ARGUMENTS[attention]))
+    if unknown:
+        raise UserError(
+            f'with attention={attention!r}, attn_cfg allows the keys '
+            f'{", ".join(ARGUMENTS[attention])}, got {", ".join(unknown)}'
         )
     if attention == 'global_context':
         check_backend(kwargs.pop('backend', 'auto'))
-        unknown = sorted(set(kwargs) - {'ratio'})
-        if unknown:
-            raise UserError(
-                "attention='global_context' has the argument ratio only, got "
-                f'{", ".join(unknown)}'
-            )
         return GlobalContext(embed_dims, **kwargs)
     return VicinityAttention(
         embed_dims,

@@ -21,6 +21,7 @@ class TupleOutputs(BaseModule):
 
     def __init__(self, backbone: dict, init_cfg=None):
         super().__init__(init_cfg)
+        self.in_channels = backbone.get('in_channels', 3)
         self.backbone = MODELS.build(backbone)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from mmvvt.ops.autograd import in_torch_func
 from mmvvt.ops.unflatten import is_compiled_training, tokens_to_image
 
 from . import strips
-from .attention import build_attention
+from .attention import GlobalContext, build_attention
 from .mlp import ConvMLP
 
 MIN_SIZE = 32
@@ -217,8 +217,10 @@ class VVT(BaseModule):
     position embeddings, so inputs may have any size of at least 32 x 32
     pixels. Submodules have the same names as in the official checkpoints.
 
-    ``attn_cfg``, ``mlp_cfg`` and ``patch_cfg`` select ablation variants, which
-    cannot load the published checkpoints.
+    ``attn_cfg``, ``mlp_cfg`` and ``patch_cfg`` select ablation variants. The
+    published checkpoints are valid for the defaults only. The kind of
+    attention, its locality, clamps and ``eps`` are not visible in the
+    weights: with other settings, checkpoints are loaded without an error.
 
     Args:
         arch (str | dict): Architecture: 'tiny', 'small', 'medium', 'large' or
@@ -349,10 +351,12 @@ class VVT(BaseModule):
         if isinstance(size, int):
             size = (size, size)
         if size is not None and not (
-            len(size) == 2 and all(length >= MIN_SIZE for length in size)
+            isinstance(size, (tuple, list))
+            and len(size) == 2
+            and all(type(n) is int and n >= MIN_SIZE for n in size)
         ):
             raise UserError(
-                "patch_cfg['pos_embed_size'] must be one or two numbers of "
+                "patch_cfg['pos_embed_size'] must be one or two integers of "
                 f'at least {MIN_SIZE} pixels, got {pos_embed_size!r}'
             )
         channels = [self.in_channels, *self.embed_dims]
@@ -427,6 +431,9 @@ class VVT(BaseModule):
                 nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, GlobalContext):
+                module.context.reset_parameters()
         self._is_init = True
 
     def _freeze_stages(self) -> None:

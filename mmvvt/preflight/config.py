@@ -42,7 +42,8 @@ def read_config(
 
     Raises:
         UserError: If the file does not exist, or requires a package that is
-            not installed or does not accept the version of another one.
+            not installed or does not accept the version of another one, or
+            if an option does not fit the config.
     """
     if isinstance(config, Config):
         path, cfg = config.filename, copy.deepcopy(config)
@@ -53,7 +54,7 @@ def read_config(
         if cfg is None:
             cfg = Config.fromfile(path)
         if options:
-            cfg.merge_from_dict(options)
+            _override(cfg, options)
         scope = cfg.get('default_scope', 'mmengine') or _package_of(cfg)
         import_module(scope)
     except ImportError as error:
@@ -72,6 +73,18 @@ def read_config(
         raise explained from error
     init_default_scope(scope)
     return cfg
+
+
+def _override(cfg: Config, options: dict) -> None:
+    try:
+        cfg.merge_from_dict(options)
+    except (AssertionError, IndexError, KeyError, TypeError) as error:
+        # mmengine's messages have several lines.
+        reason = ' '.join(str(error.args[0] if error.args else error).split())
+        raise UserError(
+            f'{", ".join(map(str, options))} cannot be set in '
+            f'{cfg.filename or "the config"}: {reason}'
+        ) from error
 
 
 def _missing_module(error: BaseException) -> Optional[str]:

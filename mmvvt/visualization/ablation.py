@@ -33,9 +33,9 @@ def plot_ablation(
             markersize=6,
         )
         axis.plot([summary.mean], [row], '|', color='black', markersize=16)
-        std = '' if math.isnan(summary.std) else f' \u00b1 {summary.std:.2f}'
+        std = '' if math.isnan(summary.std) else f' \u00b1 {summary.std:#.2g}'
         axis.annotate(
-            f'{summary.mean:.2f}{std}',
+            f'{summary.mean:#.4g}{std}',
             (1.01, row),
             xycoords=('axes fraction', 'data'),
             va='center',

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,42 +129,52 @@ def test_grid_is_trained_and_resumed(digits_root, tmp_path):
 
 
 def test_cost_and_report(tmp_path):
-    grid = write(tmp_path)
-    done = run_tool(ROOT / TOOL, grid, '--cost', cwd=tmp_path)
+    path = write(tmp_path)
+    done = run_tool(ROOT / TOOL, path, '--cost', cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     lines = [x for x in done.stdout.splitlines() if 'mmengine' not in x]
     assert [x.split()[0] for x in lines] == ['variant', 'vvt', 'softmax']
     assert not (tmp_path / 'work_dirs').exists()
-    done = run_tool(ROOT / TOOL, grid, '--report', cwd=tmp_path)
-    assert done.returncode == 1
-    path = 'work_dirs/ablation/small.csv'
-    assert done.stdout == (
-        f'error: no results of these variants and seeds in {path}\n'
+
+    def report(*options):
+        done = run_tool(ROOT / TOOL, path, '--report', *options, cwd=tmp_path)
+        return done.returncode, [
+            line
+            for line in done.stdout.splitlines()
+            if 'mmengine' not in line and '---' not in line
+        ]
+
+    csv = 'work_dirs/ablation/small.csv'
+    assert report() == (
+        1,
+        [f'error: no results of these variants, seeds and settings in {csv}'],
     )
-    # In the order of the grid, without variants that it no longer has
+    # In the order of the grid; not those of other variants, configs, metrics
+    grid = read_grid(path)
+    vvt, softmax = prepare_variants(grid)
     rows = [
-        result('softmax', seed=3, value=50.0),
+        result('softmax', seed=3, value=50.0, config=softmax.digest),
         result('old', seed=3),
-        result('vvt', seed=3),
-        result('vvt', seed=5, value=82.0),
+        result('vvt', seed=3, config=vvt.digest),
+        result('vvt', seed=5, value=82.0, config=vvt.digest),
+        result('softmax', seed=5, value=99.0),
+        result('vvt', seed=7, config=vvt.digest),
+        result('vvt', seed=3, config=vvt.digest, metric='mAP'),
     ]
-    write_results(str(tmp_path / path), rows)
-    done = run_tool(
-        *(ROOT / TOOL, grid, '--report', '--plot', 'a.png'), cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines()[2:] == [
-        '| vvt | 1.000 | 2.50 | 81.00 | 1.41 | 2 |',
-        '| softmax | 1.000 | 2.50 | 50.00 | N/A | 1 |',
-        'a.png: 3 runs',
+    write_results(str(tmp_path / csv), rows)
+    code, lines = report('--plot', 'new/a.png')
+    assert code == 0
+    found = [[cell.strip() for cell in line.split('|')] for line in lines[1:]]
+    assert [(row[1], *row[4:7]) for row in found[:2]] == [
+        ('vvt', '81.00', '1.4', '2'),
+        ('softmax', '50.00', 'N/A', '1'),
     ]
-    done = run_tool(
-        *(ROOT / TOOL, grid, '--report', '--variants', 'vvt', '--seeds', '5'),
-        cwd=tmp_path,
-    )
-    assert done.stdout.splitlines()[2:] == [
-        '| vvt | 1.000 | 2.50 | 82.00 | N/A | 1 |'
-    ]
+    # The cost is that of the grid's input shape.
+    adds = vvt.complexity.multiply_adds
+    assert found[0][3] == f'{adds / 1e6:.2f}'
+    assert lines[-1] == 'new/a.png: 3 runs'
+    code, lines = report('--variants', 'vvt', '--seeds', '5')
+    assert code == 0 and len(lines) == 2 and '| 82.00 | N/A | 1 |' in lines[1]
 
 
 # -- which runs, and what becomes of them -------------------------------------
@@ -258,6 +267,65 @@ def test_results_of_another_config_are_replaced(study):
     assert len(read_results(str(study.csv))) == 4
 
 
+def test_results_of_another_metric_are_replaced(study):
+    study(FakeTraining())
+    rows = read_results(str(study.csv))
+    rows[0].metric = 'accuracy/top5'
+    write_results(str(study.csv), rows)
+    fake = FakeTraining()
+    assert [r.metric for r in study(fake)] == ['accuracy/top1'] * 4
+    assert fake.runs == [('vvt', 3)]
+
+
+def test_two_processes_share_a_grid(study, tmp_path):
+    """Results of another process are kept, and its runs not repeated."""
+    other = result('other', seed=9)
+
+    def train(command, **options):
+        write_results(str(study.csv), [*read_results(str(study.csv)), other])
+        return FakeTraining()(command, **options)
+
+    study(train, seeds=[3, 3], variants=study.variants[:1])
+    rows = read_results(str(study.csv))
+    assert [(r.variant, r.seed) for r in rows] == [('other', 9), ('vvt', 3)]
+    # A run that another process is training
+    name = f'{study.variants[1].digest}-seed3'
+    folder = tmp_path / 'runs' / 'softmax' / name
+    with ablation._locked(folder, wait=False):
+        with pytest.raises(UserError, match='another process is training in'):
+            study(FakeTraining(), seeds=[3])
+
+
+def test_a_child_keeps_the_lock(tmp_path):
+    """A process that was started goes on if the command is killed."""
+    with ablation._locked(tmp_path, wait=False) as lock:
+        child = subprocess.Popen(['sleep', '60'], pass_fds=lock)
+    try:
+        with pytest.raises(UserError, match='another process is training'):
+            with ablation._locked(tmp_path, wait=False):
+                pass
+    finally:
+        child.kill()
+        child.wait()
+    with ablation._locked(tmp_path, wait=False):
+        pass
+
+
+def test_the_file_is_checked_before_training(study):
+    study.csv.mkdir()
+    fake = FakeTraining()
+    with pytest.raises(UserError, match='it is a folder'):
+        study(fake)
+    assert not fake.runs
+
+
+def test_damaged_file_of_seconds(study, tmp_path):
+    folder = tmp_path / 'runs' / 'vvt' / f'{study.variants[0].digest}-seed3'
+    folder.mkdir(parents=True)
+    (folder / ablation.SECONDS_FILE).write_text('')
+    study(FakeTraining(), seeds=[3])
+
+
 def test_a_failed_run_does_not_stop_the_others(study):
     fake = FakeTraining(fail={('vvt', 3)})
     with pytest.raises(UserError) as caught:
@@ -275,7 +343,10 @@ def test_a_failed_run_does_not_stop_the_others(study):
 
 @pytest.mark.parametrize(
     'value,message',
-    [(math.nan, 'is nan'), (None, 'logged no accuracy/top1')],
+    [
+        (math.nan, 'is nan'),
+        (None, r'no accuracy/top1 was logged in \S+'),
+    ],
 )
 def test_no_number(study, value, message):
     fake = FakeTraining({('vvt', 3): value})
@@ -301,7 +372,7 @@ def test_time_of_interrupted_runs_is_added(study, monkeypatch):
 
 
 def test_threads_are_shared(study, monkeypatch):
-    monkeypatch.setattr(os, 'cpu_count', lambda: 6)
+    monkeypatch.setattr(ablation, '_num_processors', lambda: 6)
     seen = []
 
     def train(command, env, **options):
@@ -328,7 +399,8 @@ def test_last_value(tmp_path):
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text(lines)
     assert last_value(str(tmp_path), 'mIoU') == 30.0
-    assert last_value(str(tmp_path), 'mAcc') is None
+    with pytest.raises(UserError, match='only loss, mIoU$'):
+        last_value(str(tmp_path), 'mAcc')
 
 
 def test_digest_ignores_seed_and_folder():
@@ -352,7 +424,7 @@ def test_table():
     assert to_markdown([vvt, softmax], 'top-1').splitlines() == [
         '| variant | params (M) | MMACs | top-1 | std | runs |',
         '|---|---|---|---|---|---|',
-        '| vvt | 1.000 | 2.50 | 81.00 | 1.41 | 2 |',
+        '| vvt | 1.000 | 2.50 | 81.00 | 1.4 | 2 |',
         '| softmax | 1.000 | 2.50 | 70.00 | N/A | 1 |',
     ]
 
@@ -360,7 +432,7 @@ def test_table():
 def test_results_are_read_as_written(tmp_path):
     path = str(tmp_path / 'new' / 'out.csv')
     assert read_results(path) == []
-    rows = [result(), result('a, "b"', 7, 81.25)]
+    rows = [result(), result('a, "b"', 7, 0.314493)]
     write_results(path, rows)
     assert read_results(path) == rows
 
@@ -400,7 +472,8 @@ def test_other_csv_files(text, message, tmp_path):
         (dict(seeds=[1, 1]), 'seeds must be a list of different integers'),
         (dict(seeds=['a']), 'seeds must be a list of different integers'),
         (dict(variants={}), 'variants must map names to settings'),
-        (dict(variants=dict(a=None)), 'the settings of a must be a mapping'),
+        (dict(variants=dict(a=None)), 'the settings of a must map dotted'),
+        (dict(variants=dict(a={1: 2})), 'the settings of a must map dotted'),
     ],
 )
 def test_bad_grid(text, message, tmp_path):
@@ -425,11 +498,23 @@ def test_bad_grid(text, message, tmp_path):
         ),
         (
             dict(variants=dict(a={'model.backbone.attn_cfg.size': 3})),
-            "VicinityAttention has no argument 'size'",
+            "with attention='vicinity', attn_cfg allows the keys locality",
         ),
         (
             dict(variants=dict(a={'model.head.in_channels': 8})),
             'cannot process an image of shape (3, 32, 32): mat1 and mat2',
+        ),
+        (
+            dict(variants=dict(a={'model.backbone.type.x': 3})),
+            'variant a: model.backbone.type.x cannot be set in',
+        ),
+        (
+            dict(variants=dict(a={'param_scheduler.7.end': 3})),
+            'variant a: param_scheduler.7.end cannot be set in',
+        ),
+        (
+            dict(variants=dict(a={'optim_wraper.optimizer.lr': 3})),
+            'vvt-nano_digits has no setting optim_wraper.optimizer.lr',
         ),
     ],
 )
@@ -495,5 +580,6 @@ def test_tables_of_the_pages(page, grid, names):
     rows = [r for r in rows if r.variant in order]
     rows.sort(key=lambda r: (order.index(r.variant), r.seed))
     table = to_markdown(summarize(rows), grid.metric)
+    assert len(rows) == len(order) * len(grid.seeds)
     text = (ROOT / 'docs' / 'evidence' / f'{page}.md').read_text()
     assert table in text

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.analysis.ablation import (
-    check_variants,
     read_grid,
     read_results,
     summarize,
     to_markdown,
 )
-from mmvvt.apis import prepare_variants, run_grid
+from mmvvt.apis import prepare_variants, run_grid, select_results
 from mmvvt.cli import run
 from mmvvt.errors import UserError
+from mmvvt.fileio import atomic_write, check_writable
 from mmvvt.visualization.ablation import plot_ablation
 
 
@@ -57,34 +57,36 @@ def parse_args():
     return parser.parse_args()
 
 
+def print_cost(variants):
+    width = max(len(variant.name) for variant in variants)
+    print(f'{"variant":{width}} {"params (M)":>11} {"MMACs":>9}')
+    for variant in variants:
+        found = variant.complexity
+        print(
+            f'{variant.name:{width}} {found.parameters / 1e6:11.3f} '
+            f'{found.multiply_adds / 1e6:9.2f}'
+        )
+
+
 def main():
     args = parse_args()
     grid = read_grid(args.grid)
     folder = Path('work_dirs', 'ablation')
     csv = args.csv or str(folder / f'{grid.name}.csv')
+    if args.plot:
+        check_writable(args.plot)
+    variants = prepare_variants(grid, args.variants)
+    if args.cost:
+        print_cost(variants)
+        return
     if args.report:
-        results = read_results(csv)
-        order = check_variants(grid, args.variants)
-        results = [
-            r
-            for r in results
-            if r.variant in order and r.seed in (args.seeds or grid.seeds)
-        ]
-        results.sort(key=lambda r: (order.index(r.variant), r.seed))
+        rows = read_results(csv)
+        results = select_results(grid, variants, rows, args.seeds)
         if not results:
-            raise UserError(f'no results of these variants and seeds in {csv}')
+            raise UserError(
+                f'no results of these variants, seeds and settings in {csv}'
+            )
     else:
-        variants = prepare_variants(grid, args.variants)
-        if args.cost:
-            width = max(len(variant.name) for variant in variants)
-            print(f'{"variant":{width}} {"params (M)":>11} {"MMACs":>9}')
-            for variant in variants:
-                found = variant.complexity
-                print(
-                    f'{variant.name:{width}} {found.parameters / 1e6:11.3f} '
-                    f'{found.multiply_adds / 1e6:9.2f}'
-                )
-            return
         results = run_grid(
             grid,
             variants,
@@ -97,7 +99,8 @@ def main():
     summaries = summarize(results)
     print(to_markdown(summaries, grid.metric))
     if args.plot:
-        plot_ablation(summaries, grid.metric, grid.name, args.plot)
+        with atomic_write(args.plot) as temporary:
+            plot_ablation(summaries, grid.metric, grid.name, temporary)
         print(f'{args.plot}: {len(results)} runs')
 
 

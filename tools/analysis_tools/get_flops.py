@@ -17,8 +17,6 @@ file are kept, so that a sweep that was interrupted can be resumed.
 import argparse
 import os
 
-from mmengine.registry import MODELS
-
 import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.analysis.benchmark import NAMES, machine_line, write_csv
 from mmvvt.analysis.complexity import count
@@ -36,7 +34,7 @@ from mmvvt.analysis.sweep import (
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.fileio import check_writable
-from mmvvt.preflight import read_config
+from mmvvt.preflight import build_model, read_config
 from mmvvt.visualization.sweep import check_picture, plot_sweep
 
 # Arguments that require --sweep
@@ -121,8 +119,10 @@ def count_configs(args):
     print(f'{"config":60} {"params":>12} {"M":>8} {"GMACs":>8}')
     for path in args.configs:
         cfg = read_config(path)
-        model = MODELS.build(cfg.model)
-        channels = cfg.model.backbone.get('in_channels', 3)
+        model = build_model(cfg)
+        backbone = cfg.model.backbone
+        # TupleOutputs has the backbone in it.
+        channels = backbone.get('backbone', backbone).get('in_channels', 3)
         found = count(model, (1, channels, height, width))
         name = path.rsplit('/', 1)[-1].removesuffix('.py')
         print(
