@@ -3,7 +3,8 @@
 Each session has an environment of its own in .nox, with mmcv-lite: building
 mmcv's compiled ops takes 6 to 20 minutes for each version of PyTorch. Without
 mmseg and mmdet, their tests are skipped. `make compat` runs all sessions, and
-skips versions of Python that are not installed. To run one session:
+skips versions of Python that are not installed. With pyenv, name them first:
+`export PYENV_VERSION=3.11:3.10:3.12:3.13`. To run one session:
 `.nox/bin/nox --session "torch(2.4.1)"`.
 """
 
