@@ -47,7 +47,7 @@ DIGITS = 'vvt-nano_digits'
 
 def build(name, **options):
     """Build a model with a shallow backbone."""
-    if 'nano' not in name:
+    if 'nano' not in name and 'atto' not in name:
         options.setdefault('arch', SHALLOW)
     return get_model(name, **options)
 
