@@ -24,7 +24,8 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackInputs'),
 ]
-# 28 + 2 * 2 pixels are exactly one crop: the image is padded.
+# 28 + 2 * 2 pixels are exactly one crop: the image is padded. Images of other
+# sizes would be cropped at random.
 test_pipeline = [
     dict(type='RandomCrop', crop_size=32, padding=2),
     dict(type='PackInputs'),

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ class PatchEmbed(BaseModule):
         overlap (bool): Whether neighbouring patches overlap: the kernel size
             is 2 * s - 1, with a padding of s - 1 pixels. Without overlap, an
             ablation variant, the kernel size is s, and the right and lower
-            edges are padded to a multiple of s. Defaults to True.
+            edges are padded with zeros. Defaults to True.
         pos_embed_shape (tuple[int, int], optional): Grid ``(h, w)`` of a
             learned position embedding, an ablation variant. Defaults to None,
             no position embedding.
@@ -186,12 +186,9 @@ class PatchEmbed(BaseModule):
         The grid has h = ceil(H / s) rows and w = ceil(W / s) columns.
         """
         if not self.overlap:
-            # Compilers do not support the modulo of negative sizes.
-            bottom, right = (
-                (self.stride - length % self.stride) % self.stride
-                for length in x.shape[2:]
-            )
-            x = F.pad(x, (0, right, 0, bottom))
+            # The convolution does not read the rows and columns that are left
+            # over.
+            x = F.pad(x, (0, self.stride - 1, 0, self.stride - 1))
         # vmap has no memory formats.
         if not in_torch_func() and not is_compiled_training():
             # Channels last: the tokens are a view of the convolution output.
@@ -319,8 +316,8 @@ class VVT(BaseModule):
 
         self.depths = depths = settings['depths']
         drop_path_rates = np.linspace(0, drop_path_rate, sum(depths)).tolist()
-        patch_embeds = self._build_patch_embeds(**patch_cfg)
         for i, dims in enumerate(self.embed_dims):
+            patch_embed = self._build_patch_embed(i, **patch_cfg)
             blocks = nn.ModuleList(
                 VVTBlock(
                     dims,
@@ -336,17 +333,18 @@ class VVT(BaseModule):
                 )
                 for _ in range(depths[i])
             )
-            self.add_module(f'patch_embed{i + 1}', patch_embeds[i])
+            self.add_module(f'patch_embed{i + 1}', patch_embed)
             self.add_module(f'block{i + 1}', blocks)
             self.add_module(f'norm{i + 1}', nn.LayerNorm(dims, eps=1e-6))
         self._freeze_stages()
 
-    def _build_patch_embeds(
+    def _build_patch_embed(
         self,
+        index: int,
         overlap: bool = True,
         pos_embed_size: Union[int, Tuple[int, int], None] = None,
-    ) -> List[PatchEmbed]:
-        """Build the patch embeddings of all stages, see ``patch_cfg``."""
+    ) -> PatchEmbed:
+        """Build the patch embedding of a stage, see ``patch_cfg``."""
         size = pos_embed_size
         if isinstance(size, int):
             size = (size, size)
@@ -359,16 +357,16 @@ class VVT(BaseModule):
                 "patch_cfg['pos_embed_size'] must be one or two integers of "
                 f'at least {MIN_SIZE} pixels, got {pos_embed_size!r}'
             )
-        channels = [self.in_channels, *self.embed_dims]
-        patch_embeds = []
-        for i, dims in enumerate(self.embed_dims):
-            stride = 4 if i == 0 else 2  # to the previous stage
-            total = 4 * 2**i  # to the image
-            shape = size and (-(-size[0] // total), -(-size[1] // total))
-            patch_embeds.append(
-                PatchEmbed(channels[i], dims, stride, overlap, shape)
-            )
-        return patch_embeds
+        total = 4 * 2**index  # stride to the image
+        return PatchEmbed(
+            self.in_channels if index == 0 else self.embed_dims[index - 1],
+            self.embed_dims[index],
+            stride=4 if index == 0 else 2,
+            overlap=overlap,
+            pos_embed_shape=None
+            if size is None
+            else (-(-size[0] // total), -(-size[1] // total)),
+        )
 
     @staticmethod
     def _check_out_indices(

@@ -312,13 +312,18 @@ def test_available_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, 'CONTROL_GROUPS', ())
     free = memory.available_gib()
     assert 0 < free < 1e5
-    group = (str(tmp_path / 'max'), str(tmp_path / 'current'))
+    group = (str(tmp_path), 'max', 'current', 'inactive_file')
     monkeypatch.setattr(memory, 'CONTROL_GROUPS', [group])
+    (tmp_path / 'memory.stat').write_text('anon 7\nfile 9\n')
     (tmp_path / 'current').write_text(f'{1 << 29}\n')
     (tmp_path / 'max').write_text('max\n')
     assert memory.available_gib() == pytest.approx(free, rel=0.2)
     (tmp_path / 'max').write_text(f'{(1 << 29) + (1 << 20)}\n')
     assert memory.available_gib() == pytest.approx(2**-10)
+    # Cached files can be dropped.
+    (tmp_path / 'memory.stat').write_text('anon 7\ninactive_file 1048576\n')
+    assert memory.available_gib() == pytest.approx(2**-9)
+    (tmp_path / 'memory.stat').write_text('anon 7\n')
     with pytest.raises(UserError, match='0.0 GiB of memory are available'):
         sweep.default_limit(1)
     monkeypatch.setattr(sweep, 'available_gib', lambda: 8.0)

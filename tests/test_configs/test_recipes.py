@@ -236,6 +236,8 @@ def test_rate_never_rises_after_warmup(name, tmp_path):
     )
     # The warm-up of detectors is 500 iterations long.
     length = 501 if 'coco' in name else 4
+    if 'vvt-atto_1xb128' in name:
+        length = 468  # Its schedule counts iterations.
     rates = learning_rates(cfg, 8, length, tmp_path)
     top = rates.index(max(rates))
     assert rates[top] == pytest.approx(rate * 8 / base)

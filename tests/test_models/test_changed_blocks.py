@@ -118,6 +118,7 @@ WORDS = dict(
     zeros=['reflect', 'replicate', 'circular'],
     none=['tanh'],
     sum=[*LOCALITIES[1:], 'nonsense'],
+    vicinity=['softmax', 'nonsense'],
     auto=['reference', 'torch', 'nonsense'],
     torch=['reference', 'auto', 'nonsense'],
 )
