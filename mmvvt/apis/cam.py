@@ -32,9 +32,9 @@ from .predictor import Predictor, faults_as_user_errors
 
 INSTALL = 'pip install "grad-cam<1.5"'
 SUPPORTED = (
-    'classifiers of mmpretrain, segmentors of mmseg, and detectors of mmdet '
-    'whose head gives class scores for the whole image: RetinaNet and other '
-    'single-stage detectors, and DINO'
+    'classifiers of mmpretrain, segmentors of mmseg, and detectors of mmdet: '
+    'RetinaNet and other single-stage detectors, Mask R-CNN and other '
+    'two-stage detectors, and DINO'
 )
 MAX_CLASSES = 3  # number of classes that are chosen by default
 MAX_LISTED = 30  # number of classes that are listed in a message
@@ -197,42 +197,90 @@ class _Segmentation(_Scores):
         )
 
 
+@contextmanager
+def _without_masks(roi_head: Any) -> Iterator[None]:
+    """Remove the mask head in the block, which class scores do not need."""
+    if not roi_head.with_mask:
+        yield
+        return
+    mask_head = roi_head.mask_head
+    roi_head.mask_head = None
+    try:
+        yield
+    finally:
+        roi_head.mask_head = mask_head
+
+
 class _Detection(_Scores):
     """Object detection: the mean over the boxes with high scores.
 
-    Boxes are those of the head, before non-maximum suppression.
+    Boxes are those of the head before non-maximum suppression: the anchors,
+    points or queries of the image, or the region proposals.
     """
 
     def forward(self, x):
-        from mmdet.models import DetectionTransformer, SingleStageDetector
+        from mmdet.models import (
+            DetectionTransformer,
+            SingleStageDetector,
+            TwoStageDetector,
+        )
 
-        head = getattr(self.model, 'bbox_head', None)
-        channels = getattr(head, 'cls_out_channels', None)
-        if channels is None or not isinstance(
-            self.model, (DetectionTransformer, SingleStageDetector)
-        ):
+        if getattr(self.head, 'num_classes', None) is None:
             raise self._unsupported()
-        scores = self.model(x, self.samples, mode='tensor')[0]
-        if isinstance(scores, Tensor):
-            # A transformer: (layers, 1, P, K) -> (1, P, K)
-            if scores.dim() != 4 or scores.shape[-1] != channels:
+        if isinstance(self.model, TwoStageDetector):
+            return self._score_proposals(x)
+        if isinstance(self.model, DetectionTransformer):
+            # Scores of all decoder layers (layers, 1, P, K) -> (1, P, K)
+            scores = self.model(x, self.samples, mode='tensor')[0]
+            if not isinstance(scores, Tensor) or scores.dim() != 4:
                 raise self._unsupported()
             return scores[-1]
-        if not all(
+        if isinstance(self.model, SingleStageDetector):
+            return self._score_anchors(x)
+        raise self._unsupported()
+
+    def _score_anchors(self, x: Tensor) -> Tensor:
+        """Return the scores ``(1, P, K)`` of a head on feature maps."""
+        channels = getattr(self.head, 'cls_out_channels', None)
+        levels = self.model(x, self.samples, mode='tensor')[0]
+        if channels is None or not all(
             isinstance(level, Tensor)
             and level.dim() == 4
             and level.shape[1] % channels == 0
-            for level in scores
+            for level in levels
         ):
             raise self._unsupported()
         return torch.cat(
             [
                 # (1, A * K, h, w) -> (1, h, w, A * K) -> (1, h * w * A, K)
                 level.permute(0, 2, 3, 1).reshape(1, -1, channels)
-                for level in scores
+                for level in levels
             ],
             dim=1,
         )
+
+    def _score_proposals(self, x: Tensor) -> Tensor:
+        """Return the scores ``(1, P, K + 1)`` of the region proposals.
+
+        The last channel is the background. Those of a cascade are the mean
+        over its stages, as in its predictions.
+        """
+        with _without_masks(self.model.roi_head):
+            scores = self.model(x, self.samples, mode='tensor')[-1][0]
+        if isinstance(scores, (list, tuple)):  # a cascade: one entry per image
+            (scores,) = scores
+        if scores.dim() != 2 or scores.shape[1] != self.head.num_classes + 1:
+            raise self._unsupported()
+        if not len(scores):
+            raise UserError('the detector proposes no region of this image')
+        return scores[None]  # (P, K + 1) -> (1, P, K + 1)
+
+    @property
+    def head(self) -> Any:
+        """The head that classifies the boxes."""
+        roi_head = getattr(self.model, 'roi_head', None)
+        head = getattr(roi_head or self.model, 'bbox_head', None)
+        return head[-1] if isinstance(head, nn.ModuleList) else head
 
     def _unsupported(self) -> UserError:
         return UserError(
@@ -241,11 +289,11 @@ class _Detection(_Scores):
         )
 
     def count_classes(self, scores):
-        return self.model.bbox_head.num_classes  # without the background
+        return self.head.num_classes  # without the background
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Probabilities of scores ``(P, K)``, without the background."""
-        head = self.model.bbox_head
+        head = self.head
         if getattr(head, 'use_sigmoid_cls', True) and getattr(
             head.loss_cls, 'use_sigmoid', True
         ):
@@ -523,7 +571,7 @@ def class_activation_maps(
     - for a detector: the mean over all boxes of the head, before non-maximum
       suppression, for which the probability of the class is at least
       ``predictor.score_thr``, or the score of the best box if there are none.
-      Two-stage detectors are not supported.
+      The boxes of a two-stage detector are its region proposals.
 
     The image is transformed by the test pipeline of the config. The model is
     not changed.

@@ -20,6 +20,8 @@ pytest.importorskip('pytorch_grad_cam')
 for package in ('mmpretrain', 'mmseg', 'mmdet'):
     pytest.importorskip(package)
 
+bbox2roi = pytest.importorskip('mmdet.structures.bbox').bbox2roi
+
 DEMOS = ROOT / 'configs' / 'demo'
 CONFIGS = dict(
     classification=str(DEMOS / 'vvt-nano_digits.py'),
@@ -43,7 +45,10 @@ def random_checkpoint(cfg, folder):
     """
     torch.manual_seed(0)
     model = build_model(cfg)
-    noise = 0.02 if hasattr(model, 'bbox_head') else 0.1
+    if hasattr(model, 'level_embed'):
+        model.init_weights()  # The constructor of DINO leaves it unset.
+    is_detector = hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')
+    noise = 0.02 if is_detector else 0.1
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += noise * torch.randn_like(parameter)
@@ -378,16 +383,102 @@ def test_dino(tmp_path, image):
     assert np.abs(first.heat - second.heat).max() > 0.01
 
 
-def test_two_stages(tmp_path, image):
+def proposal_score(label, score_thr):
+    """Mean over the proposals, computed with the parts of the RoI heads."""
+
+    def score_of(model, inputs, samples):
+        features = model.extract_feat(inputs)
+        proposals = model.rpn_head.predict(features, samples, rescale=False)
+        rois = bbox2roi([proposal.bboxes for proposal in proposals])
+        roi_head = model.roi_head
+        if isinstance(roi_head.bbox_head, nn.ModuleList):
+            scores = []
+            for stage, head in enumerate(roi_head.bbox_head):
+                extractor = roi_head.bbox_roi_extractor[stage]
+                levels = features[: extractor.num_inputs]
+                values, deltas = head(extractor(levels, rois))
+                scores.append(values)
+                boxes = head.regress_by_class(
+                    rois[:, 1:],
+                    values[:, :-1].argmax(dim=1),
+                    deltas,
+                    samples[0].metainfo,
+                )
+                rois = bbox2roi([boxes])
+            scores = sum(scores) / len(scores)
+        else:
+            extractor = roi_head.bbox_roi_extractor
+            levels = features[: extractor.num_inputs]
+            scores, _ = roi_head.bbox_head(extractor(levels, rois))
+        probabilities = scores.softmax(1)[:, label]
+        chosen = probabilities >= score_thr
+        if not chosen.any():
+            return scores[probabilities.argmax(), label]
+        return scores[chosen, label].mean()
+
+    return score_of
+
+
+@pytest.mark.parametrize('score_thr', [0.05, 1.0])
+@pytest.mark.parametrize('cascade', [False, True])
+def test_two_stages(tmp_path, image, cascade, score_thr):
+    """The score is that of the proposals; the masks are not computed."""
+    cfg = Config.fromfile(DEMOS / 'mask-rcnn_vvt-nano_digit-scenes.py')
+    cfg.model.test_cfg.rpn.update(nms_pre=50, max_per_img=20)
+    if cascade:
+        roi_head = cfg.model.roi_head
+        roi_head.update(
+            type='CascadeRoIHead',
+            num_stages=2,
+            stage_loss_weights=[1, 0.5],
+            bbox_roi_extractor=[roi_head.bbox_roi_extractor] * 2,
+            bbox_head=[dict(roi_head.bbox_head, reg_class_agnostic=True)] * 2,
+        )
+        cfg.model.update(type='CascadeRCNN')
+        cfg.model.train_cfg.rcnn = [cfg.model.train_cfg.rcnn] * 2
+    predictor = predictor_from(cfg, tmp_path, score_thr=score_thr)
+    result = class_activation_maps(predictor, image, [2, 6])
+    for found in result.maps:
+        heat, score = grad_cam_by_hand(
+            predictor,
+            image,
+            result.layer,
+            proposal_score(found.label, score_thr),
+        )
+        assert found.predicted == (score_thr < 1)
+        assert found.score == pytest.approx(score, abs=1e-4)
+        height, width = found.heat.shape
+        np.testing.assert_allclose(
+            found.heat, heat[:height, :width], atol=2e-4
+        )
+    assert np.abs(result.maps[0].heat - result.maps[1].heat).max() > 0.05
+    with pytest.raises(UserError) as caught:
+        class_activation_maps(predictor, image, [10])  # the background
+    assert str(caught.value).startswith('no class 10; the classes are 0: ')
+    assert predictor.model.with_mask
+    predictor(image)  # predicts masks
+
+
+def test_no_proposals(tmp_path, image):
+    cfg = Config.fromfile(DEMOS / 'mask-rcnn_vvt-nano_digit-scenes.py')
+    cfg.model.test_cfg.rpn.min_bbox_size = 10000
+    predictor = predictor_from(cfg, tmp_path)
+    with pytest.raises(UserError) as caught:
+        class_activation_maps(predictor, image)
+    assert str(caught.value) == 'the detector proposes no region of this image'
+
+
+def test_unsupported_detector(tmp_path, image):
     cfg = Config.fromfile(DEMOS / 'mask-rcnn_vvt-nano_digit-scenes.py')
     predictor = predictor_from(cfg, tmp_path)
+    predictor.model.roi_head.bbox_head.num_classes = 7
     with pytest.raises(UserError) as caught:
         class_activation_maps(predictor, image)
     assert str(caught.value) == (
         'class activation maps do not support MaskRCNN, but classifiers of '
-        'mmpretrain, segmentors of mmseg, and detectors of mmdet whose head '
-        'gives class scores for the whole image: RetinaNet and other '
-        'single-stage detectors, and DINO'
+        'mmpretrain, segmentors of mmseg, and detectors of mmdet: RetinaNet '
+        'and other single-stage detectors, Mask R-CNN and other two-stage '
+        'detectors, and DINO'
     )
 
 

@@ -2,9 +2,9 @@
 
 The result is a contact sheet: one row for each image, with a heat map for each
 class. For a segmentor, the score is the mean over the pixels that are
-predicted as the class; for a detector with a dense head or a DINO head, the
-mean over its boxes with a high score. Images are transformed by the test
-pipeline of the config, and the sheet shows the results.
+predicted as the class; for a detector, the mean over its boxes with a high
+score. Images are transformed by the test pipeline of the config, and the sheet
+shows the results.
 """
 
 import argparse
