@@ -412,7 +412,9 @@ class Row:
         seconds_p20 (float): 20th percentile.
         seconds_p80 (float): 80th percentile.
         peak_gib (float, optional): Peak memory in GiB, see
-            :func:`peak_memory`. None if it was not measured.
+            :func:`peak_memory` and
+            :func:`mmvvt.analysis.engines.peak_memory_of_file`. None if it was
+            not measured.
         machine (str): Description returned by :func:`machine_line`.
     """
 

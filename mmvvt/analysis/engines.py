@@ -1,5 +1,6 @@
 """Backbones in ONNX Runtime and OpenVINO, for the benchmark."""
 
+import multiprocessing
 import os
 import tempfile
 from typing import Any, Callable, Dict, Sequence, Tuple
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..deploy.formats import FORMATS, openvino_core, require
 from ..deploy.networks import build_network
 from ..errors import UserError
+from .memory import peak_memory_gib
 
 # Formats of the engines that run a file, see :mod:`mmvvt.deploy.formats`.
 FILES: Dict[str, str] = dict(onnxruntime='onnx', openvino='openvino')
@@ -129,6 +131,39 @@ def open_engine(
     return lambda image: tuple(
         torch.as_tensor(out) for out in runner(image.numpy())
     )
+
+
+def _peak(path: str, engine: str, dtype: str, batch: int, side: int) -> float:
+    runner = open_engine(path, engine, dtype)
+    runner(torch.randn(batch, 3, side, side))
+    return peak_memory_gib()
+
+
+def peak_memory_of_file(
+    path: str, engine: str, dtype: str, batch: int, side: int
+) -> float:
+    """Measure the peak memory of opening and running a file once.
+
+    A separate process opens the file, so that the peak does not include the
+    model in PyTorch nor other engines. As for
+    :func:`mmvvt.analysis.benchmark.peak_memory`, it includes the libraries,
+    of which PyTorch is one.
+
+    Args:
+        path (str): Path returned by :func:`export`.
+        engine (str): Key of :data:`FILES`.
+        dtype (str): Key of :data:`TOLERANCES`.
+        batch (int): Batch size.
+        side (int): Height and width of the images, in pixels.
+
+    Returns:
+        float: Peak memory in GiB.
+
+    Raises:
+        UserError: If the system is not Linux.
+    """
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(_peak, (path, engine, dtype, batch, side))
 
 
 def check_engine(

@@ -116,6 +116,25 @@ def test_rows_of_engines(tool, tmp_path, capsys):
     assert 'pvtv2-b2 openvino' in (tmp_path / 'plot.svg').read_text()
 
 
+def test_memory_of_engines(tool, tmp_path):
+    """A process of its own opens the file: it does not have our tensors."""
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('openvino')
+    ballast = torch.zeros(1 << 29)  # 2 GiB
+    path = tmp_path / 'rows.csv'
+    tool(
+        *['--models', 'resnet-50', '--modes', 'forward', '--runs', '1'],
+        *['--sizes', '1x64', '8x1024', '--memory', '--csv', path],
+        *['--engines', 'onnxruntime', 'openvino'],
+    )
+    del ballast
+    peaks = {(r.engine, r.side): r.peak_gib for r in read_csv(path)}
+    for engine in ('onnxruntime', 'openvino'):
+        assert 0.2 < peaks[engine, 64] < 1.5
+        # The images of 0.09 GiB are copied, the first map has 0.03 GiB.
+        assert peaks[engine, 1024] > peaks[engine, 64] + 0.09
+
+
 def test_compiled_engine(tool, monkeypatch, tmp_path, capsys):
     """``--compile`` adds the engine, and a failing compiler is skipped."""
     monkeypatch.setattr(torch, 'compile', lambda model: model)

@@ -45,6 +45,7 @@ from mmvvt.analysis.engines import (
     check_engines,
     export,
     open_engine,
+    peak_memory_of_file,
 )
 from mmvvt.apis import keep_freed_memory
 from mmvvt.cli import run
@@ -107,7 +108,8 @@ def parse_args():
     parser.add_argument(
         '--memory',
         action='store_true',
-        help='also measure peak memory, in a separate process per model',
+        help='also measure peak memory, in a separate process per model and '
+        'engine, except compiled',
     )
     parser.add_argument(
         '--profile',
@@ -163,8 +165,9 @@ def export_all(args, models, sizes, folder):
     """Export the models, and compare the engines with PyTorch.
 
     Returns:
-        dict: Function from a tensor to a tuple of tensors, by engine and
-        name. Models that cannot be exported are left out.
+        dict: Path of the file, and function from a tensor to a tuple of
+        tensors, by engine and name. Models that cannot be exported are left
+        out.
     """
     opened = {}
     for engine in args.engines:
@@ -198,7 +201,7 @@ def export_all(args, models, sizes, folder):
                         f'{error:.1e} at {side} pixels in {dtype}',
                         flush=True,
                     )
-            opened[engine, name] = runner
+            opened[engine, name] = path, runner
     return opened
 
 
@@ -212,8 +215,8 @@ def sides_of(args, models, opened, image, mode):
         for name, model in zip(args.models, models):
             if engine in FILES:
                 if (engine, name) in opened:
-                    run = partial(opened[engine, name], image)
-                    sides.append((engine, name, run))
+                    _, runner = opened[engine, name]
+                    sides.append((engine, name, partial(runner, image)))
                 continue
             if engine == 'compiled':
                 model = torch.compile(model)
@@ -230,6 +233,16 @@ def sides_of(args, models, opened, image, mode):
                     continue
             sides.append((engine, name, step))
     return sides
+
+
+def measure_memory(args, opened, engine, name, batch, side, mode):
+    """Return the peak memory in GiB, None if it is not measured."""
+    if not args.memory or engine == 'compiled':
+        return None
+    if engine in FILES:
+        path, _ = opened[engine, name]
+        return peak_memory_of_file(path, engine, args.dtype, batch, side)
+    return peak_memory(name, batch, side, mode, args.dtype)
 
 
 def measure(args, models, opened, batch, side, mode):
@@ -253,9 +266,7 @@ def measure(args, models, opened, batch, side, mode):
             t.median,
             t.low,
             t.high,
-            peak_memory(name, batch, side, mode, args.dtype)
-            if args.memory and engine == 'pytorch'
-            else None,
+            measure_memory(args, opened, engine, name, batch, side, mode),
             machine_line(),
         )
         for (engine, name, _), t in zip(sides, timings)
