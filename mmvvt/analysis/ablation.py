@@ -5,10 +5,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import yaml
 from mmengine.config import Config
@@ -16,6 +17,10 @@ from mmengine.config import Config
 from ..errors import MissingFileError, UserError
 from ..fileio import atomic_write
 
+# Names of variants are names of folders.
+NAME = re.compile(r'[A-Za-z0-9_+-][A-Za-z0-9_.+-]*')
+# Numbers as in YAML 1.2 and Python: PyYAML takes 1e-3 for text.
+FLOAT = re.compile(r'[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+')
 REQUIRED_KEYS = ('config', 'metric', 'input_shape', 'seeds', 'variants')
 DIGEST_LENGTH = 10
 
@@ -93,6 +98,28 @@ class Summary:
     multiply_adds: int
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as users of PyTorch write it; keys must not be repeated."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [
+            self.construct_object(key, deep=True)
+            for key, _ in node.value
+            if key.tag != 'tag:yaml.org,2002:merge'  # <<: *anchor
+        ]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'the key {key} is repeated', node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', FLOAT, list('-+.0123456789')
+)
+
+
 def read_grid(path: str) -> Grid:
     """Read an ablation grid from a YAML file.
 
@@ -117,7 +144,7 @@ def read_grid(path: str) -> Grid:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'cannot read {path}: {error}') from error
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         reason = ' '.join(str(error).split())
         raise UserError(f'{path} is not valid YAML: {reason}') from error
@@ -159,6 +186,12 @@ def read_grid(path: str) -> Grid:
             f'{path}: variants must map names to settings, got {variants!r}'
         )
     for name, settings in variants.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(
+                f'{path}: the name of a variant must be text of letters, '
+                f'digits and the characters _ . + -, and not begin with a '
+                f'dot, got {name!r}'
+            )
         if not isinstance(settings, dict) or not all(
             isinstance(key, str) for key in settings
         ):
@@ -173,7 +206,7 @@ def read_grid(path: str) -> Grid:
         metric=content['metric'],
         input_shape=(shape[0], shape[1], shape[2]),
         seeds=seeds,
-        variants={str(name): dict(s) for name, s in variants.items()},
+        variants={name: dict(s) for name, s in variants.items()},
     )
 
 
@@ -229,37 +262,52 @@ def digest(cfg: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
-def last_value(work_dir: str, metric: str) -> float:
+def last_value(logs: Iterable[Path], metric: str) -> Optional[float]:
     """Read the last value of a metric that the runner logged.
 
     Args:
-        work_dir (str): Work directory of the run. A run that was resumed has
-            several logs in it.
+        logs (Iterable[Path]): Files ``scalars.json`` in the order in which
+            they were written.
         metric (str): Name of the metric.
 
     Returns:
-        float: The last value.
+        float, optional: The last value, None if nothing was logged.
 
     Raises:
-        UserError: If there is no value, or it is not a finite number.
+        UserError: If other values were logged, but not that of the metric,
+            or if it is not a finite number.
     """
     logged: Dict[str, Any] = {}
-    # The folders are named after the time at which the run was started.
-    for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+    for path in logs:
         for line in path.read_text(encoding='utf-8').splitlines():
             try:
                 found = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the run was killed while it wrote the line
             logged.update(found)
-    value = logged.get(metric)
+    return find_value(logged, metric) if logged else None
+
+
+def find_value(values: Dict[str, Any], metric: str) -> float:
+    """Return the value of a metric.
+
+    Args:
+        values (dict): Values by name.
+        metric (str): Name of the metric.
+
+    Returns:
+        float: The value.
+
+    Raises:
+        UserError: If there is no such value, or it is not a finite number.
+    """
+    value = values.get(metric)
     if value is None:
         raise UserError(
-            f'no {metric} was logged in {work_dir}, only '
-            f'{", ".join(sorted(logged)) or "nothing"}'
+            f'no {metric} was logged, only {", ".join(sorted(values))}'
         )
     if not math.isfinite(value):
-        raise UserError(f'{metric} in {work_dir} is {value}')
+        raise UserError(f'{metric} is {value}')
     return float(value)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import UserError
 from .benchmark import PEERS, Timing, alternate, build, forward, machine_line
@@ -35,8 +36,8 @@ SHARE = 0.9
 # Seconds between runs, in which the threads of the last process end to wait
 # for work without sleeping.
 PAUSE = 0.1
-# Largest side of the image with which a process starts its threads.
-START_SIDE = 224
+# Channels and side of the small map with which a process starts its threads.
+START_CHANNELS, START_SIDE = 64, 64
 # Smallest side of models that do not accept 32 pixels: the last stage of Swin
 # must not be smaller than a window of 7 x 7.
 LOWEST_SIDES = {'swin-tiny': 224}
@@ -344,6 +345,14 @@ class _OutOfMemory(Exception):
         self.name = name
 
 
+def start_threads() -> None:
+    """Start the threads of PyTorch's convolutions and matrix products."""
+    channels = torch.zeros(START_CHANNELS, START_CHANNELS)
+    x = torch.zeros(1, START_CHANNELS, START_SIDE, START_SIDE)
+    F.conv2d(x, channels[..., None, None])
+    F.linear(x.flatten(2)[0].T, channels)  # (N, C)
+
+
 def _serve(
     connection: Any, name: str, side: int, threads: int, gib: float, log: str
 ) -> None:
@@ -358,8 +367,9 @@ def _serve(
     model = build(name)
     torch.manual_seed(0)
     image = torch.randn(1, 3, side, side)
-    # Start the threads, which need memory too, without the limit.
-    forward(model, image[..., :START_SIDE, :START_SIDE])
+    # Start the threads, which need memory too, without the limit. The model
+    # is not run: what it keeps would not count as memory of the pass.
+    start_threads()
     connection.send(None)  # ready
     while connection.recv():
         start = resident_gib()

@@ -1,6 +1,7 @@
 """Run an ablation grid with the stock runner, resumable run by run."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
 
 from ..analysis.ablation import (
     Grid,
     Result,
     check_variants,
     digest,
+    find_value,
     last_value,
     read_results,
     write_results,
@@ -38,6 +41,8 @@ CONFIG_FILE = 'ablation_config.py'
 LOG_FILE = 'output.txt'
 SECONDS_FILE = 'seconds.txt'
 LOCK_FILE = 'lock'
+VALIDATION_CONFIG_FILE = 'validation_config.py'
+VALIDATION_FILE = 'validation.json'
 
 
 @dataclass
@@ -88,12 +93,12 @@ def prepare_variants(
             complexity = count(build_model(cfg), (1, *grid.input_shape))
         except UserError as error:
             raise UserError(f'variant {name}: {error}') from error
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             # For example, the channels of the head are not those of the
-            # backbone.
+            # backbone, or an argument of another backbone is wrong.
             raise UserError(
-                f'variant {name}: the model cannot process an image of '
-                f'shape {grid.input_shape}: {error}'
+                f'variant {name}: the model cannot be built, or not process '
+                f'an image of shape {grid.input_shape}: {error}'
             ) from error
         variants.append(Variant(name, cfg, digest(cfg), complexity))
     return variants
@@ -138,11 +143,11 @@ def select_results(
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[List[int]]:
-    """Lock a folder in this process and in the processes that it starts.
+def _locked(path: Path, wait: bool) -> Iterator[List[int]]:
+    """Lock a file in this process and in the processes that it starts.
 
     Args:
-        folder (Path): The folder; it is created.
+        path (Path): Path of the lock. It is created, with its folder.
         wait (bool): Whether to wait for a lock that another process holds.
 
     Yields:
@@ -151,23 +156,54 @@ def _locked(folder: Path, wait: bool) -> Iterator[List[int]]:
 
     Raises:
         UserError: If another process holds the lock.
+        WriteError: If the file cannot be created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(str(path))
     if fcntl is None:
         yield []
         return
-    with open(folder / LOCK_FILE, 'w', encoding='utf-8') as file:
+    with open(path, 'w', encoding='utf-8') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(
-                f'another process is training in {folder}'
+                f'another process is training in {path.parent}'
             ) from error
         yield [file.fileno()]
 
 
+def _run_tool(
+    command: List[str], folder: Path, env: Dict[str, str], lock: List[int]
+) -> None:
+    """Run ``python -m mmvvt``; its output is appended to the log.
+
+    Raises:
+        UserError: If it fails. The message has the last line of its output.
+    """
+    log = folder / LOG_FILE
+    with open(log, 'ab') as output:
+        done = subprocess.run(
+            [sys.executable, '-m', 'mmvvt', *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            pass_fds=lock,
+        )
+    if done.returncode:
+        lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
+        raise UserError(
+            f'mmvvt {command[0]} exited with code {done.returncode}: '
+            f'{lines[-1] if lines else "no output"} (see {log})'
+        )
+
+
 def _train(
-    variant: Variant, seed: int, metric: str, folder: Path, env: Dict[str, str]
+    variant: Variant,
+    seed: int,
+    metric: str,
+    folder: Path,
+    env: Dict[str, str],
+    lock: List[int],
 ) -> float:
     """Train one run, or resume it; return the metric.
 
@@ -176,40 +212,79 @@ def _train(
     """
     cfg = Config(variant.cfg.to_dict())
     cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
-    config = folder / CONFIG_FILE
-    log = folder / LOG_FILE
-    command = [sys.executable, '-m', 'mmvvt', 'train', str(config)]
-    command += ['--work-dir', str(folder), '--resume']
-    with _locked(folder, wait=False) as lock:
-        cfg.dump(str(config))
-        start = time.time()
-        try:
-            with open(log, 'ab') as output:
-                done = subprocess.run(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                    pass_fds=lock,
-                )
-        finally:
-            # The time of a run that is interrupted and resumed is the sum.
-            seconds = _seconds(folder) + time.time() - start
-            with atomic_write(str(folder / SECONDS_FILE)) as temporary:
-                Path(temporary).write_text(f'{seconds:.1f}\n')
-    if done.returncode:
-        lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
-        raise UserError(
-            f'training exited with code {done.returncode}: '
-            f'{lines[-1] if lines else "no output"} (see {log})'
-        )
-    return last_value(str(folder), metric)
+    config = str(folder / CONFIG_FILE)
+    cfg.dump(config)
+    before = _find_logs(folder)
+    command = ['train', config, '--work-dir', str(folder), '--resume']
+    _run_tool(command, folder, env, lock)
+    new = [log for log in _find_logs(folder) if log not in before]
+    value = last_value(new, metric)
+    if value is None:
+        # Every step was done by an earlier attempt, which may have ended
+        # before the last validation. The runner does not repeat it.
+        value = _validate(cfg, metric, folder, env, lock)
+    return value
+
+
+def _find_logs(folder: Path) -> List[Path]:
+    """Return the logs of all attempts, whose folders are named by time."""
+    return sorted(folder.glob('*/vis_data/scalars.json'))
+
+
+def _validate(
+    cfg: Config,
+    metric: str,
+    folder: Path,
+    env: Dict[str, str],
+    lock: List[int],
+) -> float:
+    """Test the last checkpoint of a run with the data of its validation."""
+    checkpoint = find_latest_checkpoint(str(folder))
+    if checkpoint is None or not cfg.get('val_dataloader'):
+        raise UserError(f'no {metric} was logged')
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.test_evaluator = cfg.val_evaluator
+    cfg.test_cfg = dict(fp16=(cfg.get('val_cfg') or {}).get('fp16', False))
+    config, out = folder / VALIDATION_CONFIG_FILE, folder / VALIDATION_FILE
+    cfg.dump(str(config))
+    command = ['test', str(config), checkpoint, '--out', str(out)]
+    command += ['--work-dir', str(folder / 'validation')]
+    _run_tool(command, folder, env, lock)
+    return find_value(json.loads(out.read_text(encoding='utf-8')), metric)
+
+
+@contextmanager
+def _timed(folder: Path) -> Iterator[None]:
+    """Add the time of the block to that of the earlier attempts of a run.
+
+    While the block runs, the file also has its start, for the next attempt
+    if this process is killed.
+    """
+    earlier, start = _seconds(folder), time.time()
+    path = str(folder / SECONDS_FILE)
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(f'{earlier:.1f} {start:.1f}\n')
+    try:
+        yield
+    finally:
+        seconds = earlier + time.time() - start
+        with atomic_write(path) as temporary:
+            Path(temporary).write_text(f'{seconds:.1f}\n')
 
 
 def _seconds(folder: Path) -> float:
-    """Read the time of the earlier attempts of a run."""
+    """Read the time of the earlier attempts of a run.
+
+    An attempt that was killed lasted until the last line of its output.
+    """
     try:
-        return float((folder / SECONDS_FILE).read_text())
+        seconds, *start = map(
+            float, (folder / SECONDS_FILE).read_text().split()
+        )
+        if start:
+            end = (folder / LOG_FILE).stat().st_mtime
+            seconds += max(0.0, end - start[0])
+        return seconds
     except (FileNotFoundError, ValueError):
         return 0.0
 
@@ -257,12 +332,13 @@ def run_grid(
         list[Result]: All results of these variants and seeds.
 
     Raises:
-        WriteError: If the CSV file cannot be written.
+        WriteError: If the CSV file or the folder cannot be written.
         UserError: If runs failed; the message has a line for each of them.
     """
     if jobs < 1:
         raise UserError(f'jobs must be at least 1, got {jobs}')
     check_writable(csv)
+    check_writable(str(Path(work_dir, LOCK_FILE)))
     seeds = list(dict.fromkeys(grid.seeds if seeds is None else seeds))
     results = select_results(grid, variants, read_results(csv), seeds)
     done = {(r.variant, r.seed) for r in results}
@@ -288,7 +364,7 @@ def run_grid(
 
     def add(result: Result) -> None:
         """Replace the result of a variant and seed in the CSV file."""
-        with _locked(Path(work_dir), wait=True):
+        with _locked(Path(f'{csv}.lock'), wait=True):
             others = [
                 r
                 for r in read_results(csv)
@@ -296,35 +372,46 @@ def run_grid(
             ]
             write_results(csv, [*others, result])
 
+    def measure(variant: Variant, seed: int) -> str:
+        """Train a run; return its metric and time, for the report."""
+        folder = Path(work_dir, variant.name, f'{variant.digest}-seed{seed}')
+        with _locked(folder / LOCK_FILE, wait=False) as file:
+            if select_results(grid, [variant], read_results(csv), [seed]):
+                return 'finished by another command'
+            with _timed(folder):
+                value = _train(variant, seed, grid.metric, folder, env, file)
+            seconds = _seconds(folder)
+            result = Result(
+                variant=variant.name,
+                seed=seed,
+                metric=grid.metric,
+                value=value,
+                seconds=seconds,
+                parameters=variant.complexity.parameters,
+                multiply_adds=variant.complexity.multiply_adds,
+                config=variant.digest,
+                machine=machine,
+            )
+            with lock:
+                add(result)
+        return f'{grid.metric} {value:#.4g} in {seconds:.0f} s'
+
     def run(variant: Variant, seed: int) -> None:
         nonlocal finished
-        folder = Path(work_dir, variant.name, f'{variant.digest}-seed{seed}')
+        name = f'{variant.name}, seed {seed}'
         try:
-            value = _train(variant, seed, grid.metric, folder, env)
+            text = measure(variant, seed)
         except UserError as error:
             with lock:
                 finished += 1
-                failures.append(f'{variant.name}, seed {seed}: {error}')
+                failures.append(f'{name}: {error}')
                 report(f'failed: {failures[-1]}')
             return
-        result = Result(
-            variant=variant.name,
-            seed=seed,
-            metric=grid.metric,
-            value=value,
-            seconds=_seconds(folder),
-            parameters=variant.complexity.parameters,
-            multiply_adds=variant.complexity.multiply_adds,
-            config=variant.digest,
-            machine=machine,
-        )
         with lock:
             finished += 1
-            add(result)
             left = (time.time() - start) / finished * (len(todo) - finished)
             report(
-                f'[{finished}/{len(todo)}] {variant.name}, seed {seed}: '
-                f'{grid.metric} {value:#.4g} in {result.seconds:.0f} s, about '
+                f'[{finished}/{len(todo)}] {name}: {text}, about '
                 f'{left / 60:.0f} min left'
             )
 

@@ -9,7 +9,7 @@ from ..analysis.attention import AttentionMap, attention_map
 from ..errors import UserError
 from ..models import VVT, VicinityAttention
 from ..models.vvt import VVTBlock
-from .predictor import Predictor
+from .predictor import Predictor, faults_as_user_errors
 
 
 class AttentionMaps(NamedTuple):
@@ -65,6 +65,35 @@ def _find_blocks(model: Any, names: Sequence[str]) -> Tuple[VVT, dict]:
     return backbone, {name: blocks[name] for name in names}
 
 
+def read_input(
+    predictor: Predictor, image: Union[str, np.ndarray]
+) -> Tuple[torch.Tensor, list]:
+    """Transform an image as the test pipeline and the preprocessor do.
+
+    Args:
+        predictor (Predictor): Model and pipeline.
+        image (str | np.ndarray): Path of an image, or an array as
+            ``mmcv.imread`` returns it.
+
+    Returns:
+        tuple[Tensor, list]: Input ``(1, C, H, W)`` of the network, and the
+        data samples.
+
+    Raises:
+        UserError: If the image cannot be processed. The message names it.
+    """
+    try:
+        batch, _ = predictor.pipeline(image)
+    except UserError as error:
+        if isinstance(image, str):
+            raise UserError(f'{image}: {error}') from error
+        raise
+    predictor.check_channels(batch)
+    with faults_as_user_errors(), torch.no_grad():
+        data = predictor.model.data_preprocessor(batch, False)
+    return data['inputs'], data['data_samples']
+
+
 def to_picture(x: torch.Tensor, predictor: Predictor) -> np.ndarray:
     """Convert the input of a network to an RGB image.
 
@@ -81,11 +110,11 @@ def to_picture(x: torch.Tensor, predictor: Predictor) -> np.ndarray:
     if hasattr(preprocessor, 'mean'):
         # mean and std have the shape (C, 1, 1)
         x = x * preprocessor.std.cpu() + preprocessor.mean.cpu()
-    if x.min() < 0 or x.max() > 255:  # more than 8 bits
-        low, high = x.min(), x.max()
+    low, high = x.min(), x.max()
+    if low < -0.5 or high > 255.5:  # more than 8 bits
         x = (x - low) * (255 / (high - low).clamp(min=1e-12))
     # (C, H, W) -> (H, W, C)
-    picture = x.round().byte().permute(1, 2, 0).numpy()
+    picture = x.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     if picture.shape[2] < 3:
         return picture[..., :1].repeat(3, axis=2)
     picture = picture[..., :3]
@@ -102,7 +131,9 @@ def attention_maps(
     """Compute where query pixels of an image attend to.
 
     The image is transformed by the test pipeline of the config, and the maps
-    are computed from the tokens that the model computes for it.
+    are computed from the tokens that the backbone computes for it. The
+    backbone is applied to the whole image, also if a segmentor's config says
+    ``mode='slide'``, and without test-time augmentation.
 
     Examples:
         >>> predictor = Predictor(config, checkpoint)
@@ -135,11 +166,6 @@ def attention_maps(
             )
     backbone, found = _find_blocks(predictor.model, blocks)
     maps: List[Dict[str, AttentionMap]] = [{} for _ in points]
-    inputs: List[torch.Tensor] = []
-
-    def keep_input(module, args):
-        if not inputs:  # test-time augmentation runs the backbone again
-            inputs.append(args[0])
 
     def compute(name):
         def hook(attn, args):
@@ -149,20 +175,22 @@ def attention_maps(
                     min(int(y * height), height - 1),
                     min(int(x * width), width - 1),
                 )
-                if name not in result:
-                    result[name] = attention_map(
-                        attn, tokens[:1], (height, width), query
-                    )
+                result[name] = attention_map(
+                    attn, tokens, (height, width), query
+                )
 
         return hook
 
-    handles = [backbone.register_forward_pre_hook(keep_input)]
-    for name, block in found.items():
-        # With a hook, the block calls its layers instead of running in strips.
-        handles.append(block.attn.register_forward_pre_hook(compute(name)))
+    inputs, _ = read_input(predictor, image)
+    # With a hook, the block calls its layers instead of running in strips.
+    handles = [
+        block.attn.register_forward_pre_hook(compute(name))
+        for name, block in found.items()
+    ]
     try:
-        predictor.predict(predictor.pipeline(image)[0])
+        with faults_as_user_errors(), torch.no_grad():
+            backbone(inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return AttentionMaps(to_picture(inputs[0], predictor), maps)
+    return AttentionMaps(to_picture(inputs, predictor), maps)

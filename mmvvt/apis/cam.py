@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import VVT
-from .attention import find_backbone, to_picture
+from .attention import find_backbone, read_input, to_picture
 from .predictor import Predictor, faults_as_user_errors
 
 INSTALL = 'pip install "grad-cam<1.5"'
@@ -50,8 +50,10 @@ class ActivationMap(NamedTuple):
             class, before softmax or sigmoid.
         predicted (bool): Whether the class is predicted in the image.
         target (str): What the score is the mean of, in words.
-        heat (np.ndarray): Map of shape ``(H, W)``, float32, from 0 to 1. It
-            is 0 everywhere if nothing in the image increases the score.
+        heat (np.ndarray): Map of shape ``(H, W)``, float32, from 0, its
+            smallest value, to 1, its largest one, also counting the padding.
+            It is 0 everywhere if it is constant, for example because nothing
+            in the image increases the score.
     """
 
     label: int
@@ -387,10 +389,14 @@ def _find_layer(
         layer = f'{name}.norm{stage}' if name else f'norm{stage}'
     if layer not in layers:
         similar = difflib.get_close_matches(layer, layers, n=5, cutoff=0.5)
-        hint = ', '.join(similar or [name for name in layers if '.' in name])
+        examples = [name for name in layers if '.' in name][:5]
         raise UserError(
             f'no layer {layer}; '
-            + (f'similar names: {hint}' if similar else f'for example {hint}')
+            + (
+                f'similar names: {", ".join(similar)}'
+                if similar
+                else f'for example {", ".join(examples)}'
+            )
         )
     return layer, layers[layer]
 
@@ -532,22 +538,6 @@ def _import_grad_cam() -> Any:
     return GradCAM
 
 
-def _prepare(
-    predictor: Predictor, image: Union[str, np.ndarray]
-) -> Tuple[Tensor, list]:
-    """Return the input ``(1, C, H, W)`` of the network and data samples."""
-    try:
-        batch, _ = predictor.pipeline(image)
-    except UserError as error:
-        if isinstance(image, str):
-            raise UserError(f'{image}: {error}') from error
-        raise
-    predictor.check_channels(batch)
-    with faults_as_user_errors(), torch.no_grad():
-        data = predictor.model.data_preprocessor(batch, False)
-    return data['inputs'], data['data_samples']
-
-
 def class_activation_maps(
     predictor: Predictor,
     image: Union[str, np.ndarray],
@@ -559,8 +549,9 @@ def class_activation_maps(
 
     Grad-CAM weights the channels of the output of a layer by the mean
     gradient of a score over the positions, and adds them up. Negative values
-    become 0. The map is resized to the input of the network and scaled to
-    the range from 0 to 1.
+    become 0. pytorch-grad-cam resizes the map to the input of the network,
+    padding included, and scales it so that its smallest value is 0 and its
+    largest one 1.
 
     The score, before softmax or sigmoid, is
 
@@ -609,7 +600,7 @@ def class_activation_maps(
     grad_cam = _import_grad_cam()
     model = predictor.model
     layer, module = _find_layer(model, stage, layer)
-    x, samples = _prepare(predictor, image)
+    x, samples = read_input(predictor, image)
     height, width = samples[0].metainfo.get('img_shape', x.shape[2:])[:2]
     size = min(height, x.shape[2]), min(width, x.shape[3])
     network = TASKS[predictor.task](model, samples, size, predictor.score_thr)

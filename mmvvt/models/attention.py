@@ -9,6 +9,7 @@ from mmcv.cnn.bricks import ContextBlock
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from mmvvt.arguments import check_bool, is_number
 from mmvvt.errors import UserError
 from mmvvt.ops import (
     LOCALITIES,
@@ -76,8 +77,9 @@ class VicinityAttention(BaseModule):
 
     Raises:
         UserError: If ``embed_dims`` is not divisible by
-            ``fr_ratio * num_heads`` or by ``se_ratio``, or if the attention,
-            the locality or the backend is unknown.
+            ``fr_ratio * num_heads`` or by ``se_ratio``, if the attention, the
+            locality or the backend is unknown, or if another argument is
+            invalid.
         BackendError: If the backend cannot run; the message gives the reason.
     """
 
@@ -107,11 +109,19 @@ class VicinityAttention(BaseModule):
                 f'fr_ratio * num_heads = {fr_ratio} * '
                 f'{num_heads}'
             )
+        if type(se_ratio) is not int or se_ratio < 1:
+            raise UserError(
+                f'se_ratio must be a positive integer, got {se_ratio!r}'
+            )
         if embed_dims % se_ratio:
             raise UserError(
                 f'embed_dims {embed_dims} must be divisible by '
                 f'se_ratio {se_ratio}'
             )
+        check_bool('clamp', clamp)
+        check_bool('fpc', fpc)
+        if not is_number(eps) or eps < 0:
+            raise UserError(f'eps must be a number of at least 0, got {eps!r}')
         if locality not in LOCALITIES:
             raise UserError(
                 f'locality must be one of {LOCALITIES}, got {locality!r}'
@@ -239,7 +249,7 @@ class GlobalContext(BaseModule):
 
     def __init__(self, embed_dims: int, ratio: float = 0.25, init_cfg=None):
         super().__init__(init_cfg)
-        if not isinstance(ratio, (int, float)) or embed_dims * ratio < 1:
+        if not is_number(ratio) or embed_dims * ratio < 1:
             raise UserError(
                 'embed_dims * ratio must be at least 1, got '
                 f'{embed_dims} * {ratio}'

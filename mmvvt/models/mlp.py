@@ -6,6 +6,7 @@ import torch.nn as nn
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from mmvvt.arguments import check_bool
 from mmvvt.ops import check_backend, dwconv_gelu
 from mmvvt.ops.autograd import is_transformed
 from mmvvt.ops.convolution import select_dwconv_gelu
@@ -76,7 +77,7 @@ class ConvMLP(BaseModule):
         init_cfg (dict, optional): Initialisation config. Defaults to None.
 
     Raises:
-        UserError: If the backend is unknown.
+        UserError: If the backend is unknown, or ``dwconv`` is not a bool.
         BackendError: If the backend cannot run; the message gives the reason.
     """
 
@@ -90,6 +91,7 @@ class ConvMLP(BaseModule):
         init_cfg=None,
     ):
         super().__init__(init_cfg)
+        check_bool('dwconv', dwconv)
         plain = check_backend(backend) == 'reference'
         self.backend = backend
         self.fc1 = nn.Linear(embed_dims, hidden_dims)

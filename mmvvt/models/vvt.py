@@ -17,6 +17,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from mmvvt.arch import ARCH_SETTINGS, NUM_STAGES, resolve_arch
+from mmvvt.arguments import check_bool, check_dict, is_number
 from mmvvt.errors import UserError
 from mmvvt.ops.autograd import in_torch_func
 from mmvvt.ops.unflatten import is_compiled_training, tokens_to_image
@@ -290,6 +291,10 @@ class VVT(BaseModule):
             )
         settings = resolve_arch(arch)
         self.embed_dims = settings['embed_dims']
+        if type(in_channels) is not int or in_channels < 1:
+            raise UserError(
+                f'in_channels must be a positive integer, got {in_channels!r}'
+            )
         self.in_channels = in_channels
         self.out_indices = self._check_out_indices(out_indices)
         if frozen_stages not in range(-1, NUM_STAGES):
@@ -302,13 +307,21 @@ class VVT(BaseModule):
             ('drop_rate', drop_rate),
             ('drop_path_rate', drop_path_rate),
         ):
-            if not 0.0 <= rate < 1.0:
+            if not is_number(rate) or not 0.0 <= rate < 1.0:
                 raise UserError(f'{name} must be in [0, 1), got {rate!r}')
-
+        check_bool('with_cp', with_cp)
+        check_dict('attn_cfg', attn_cfg)
+        for key in ('embed_dims', 'num_heads', 'fr_ratio', 'sr_ratio'):
+            if key in attn_cfg:
+                raise UserError(
+                    f'attn_cfg does not allow {key}, which each stage has: '
+                    f'set it in arch, with {NUM_STAGES} values'
+                )
         for name, cfg, allowed in (
             ('mlp_cfg', mlp_cfg, ('dwconv',)),
             ('patch_cfg', patch_cfg, ('overlap', 'pos_embed_size')),
         ):
+            check_dict(name, cfg)
             if not set(cfg) <= set(allowed):
                 raise UserError(
                     f'{name} allows the keys {allowed}, got {list(cfg)}'
@@ -345,6 +358,7 @@ class VVT(BaseModule):
         pos_embed_size: Union[int, Tuple[int, int], None] = None,
     ) -> PatchEmbed:
         """Build the patch embedding of a stage, see ``patch_cfg``."""
+        check_bool("patch_cfg['overlap']", overlap)
         size = pos_embed_size
         if isinstance(size, int):
             size = (size, size)

@@ -143,6 +143,45 @@ def test_image_is_the_input_of_the_network(checkpoint, image, to_rgb):
     assert not np.allclose(expected[..., 0], expected[..., 2], atol=9)
 
 
+def test_dark_image_is_shown_as_it_is(checkpoint, image):
+    """Black is not exactly 0 after normalisation with these values."""
+    options = {
+        'data_preprocessor.mean': [123.675, 116.28, 103.53],
+        'data_preprocessor.std': [58.395, 57.12, 57.375],
+    }
+    predictor = Predictor(read_config(DIGITS, options), checkpoint, 'cpu')
+    dark = cv2.imread(image) // 3
+    dark[:30] = 0
+    result = attention_maps(predictor, dark, ['block1.0'], [(0.5, 0.5)])
+    (inputs,) = predictor.pipeline(dark)[0]['inputs']
+    assert inputs.min() == 0 and inputs.max() < 90
+    # BGR (C, H, W) -> RGB (H, W, C)
+    expected = inputs.flip(0).permute(1, 2, 0).numpy()
+    assert (np.abs(result.image - expected.astype(float)) <= 1).all()
+
+
+def test_whole_image_of_a_segmentor(tmp_path, image):
+    """The maps are not those of a crop of sliding inference."""
+    pytest.importorskip('mmseg')
+    cfg = Config.fromfile(ROOT / 'configs/demo/vvt-nano_fpn_digit-scenes.py')
+    cfg.model.test_cfg = dict(
+        mode='slide', crop_size=(64, 64), stride=(32, 32)
+    )
+    path = str(tmp_path / 'slide.py')
+    cfg.dump(path)
+    cfg = read_config(path)
+    weights = tmp_path / 'slide.pth'
+    torch.save(dict(state_dict=build_model(cfg).state_dict()), weights)
+    predictor = Predictor(cfg, str(weights), 'cpu')
+    result = attention_maps(predictor, image, ['block1.0'], [(1, 1)])
+    height, width = result.image.shape[:2]
+    assert width > 64
+    (maps,) = result.maps
+    vicinity = maps['block1.0'].vicinity
+    assert vicinity.shape == (-(-height // 4), -(-width // 4))
+    assert int(vicinity.argmax()) == vicinity.numel() - 1
+
+
 @pytest.mark.parametrize(
     'blocks,points,message',
     [

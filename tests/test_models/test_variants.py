@@ -439,6 +439,46 @@ def test_plain_parts_cost_less():
             "with attention='global_context', attn_cfg allows the keys "
             'ratio, backend, got eps, fpc',
         ),
+        # Text is true in Python, and would select the main model.
+        (
+            dict(attn_cfg=dict(fpc='no')),
+            "fpc must be True or False, got 'no'",
+        ),
+        (
+            dict(attn_cfg=dict(clamp='false')),
+            "clamp must be True or False, got 'false'",
+        ),
+        (
+            dict(mlp_cfg=dict(dwconv='no')),
+            "dwconv must be True or False, got 'no'",
+        ),
+        (
+            dict(patch_cfg=dict(overlap=0)),
+            "patch_cfg['overlap'] must be True or False, got 0",
+        ),
+        (
+            dict(attn_cfg=dict(eps='1e-3')),
+            "eps must be a number of at least 0, got '1e-3'",
+        ),
+        (
+            dict(attn_cfg=dict(eps=float('nan'))),
+            'eps must be a number of at least 0, got nan',
+        ),
+        (
+            dict(attn_cfg=dict(se_ratio=0)),
+            'se_ratio must be a positive integer, got 0',
+        ),
+        (
+            dict(attn_cfg=dict(attention='global_context', ratio=math.nan)),
+            'embed_dims * ratio must be at least 1, got 8 * nan',
+        ),
+        (
+            dict(attn_cfg=dict(fr_ratio=4)),
+            'attn_cfg does not allow fr_ratio, which each stage has: set it '
+            'in arch, with 4 values',
+        ),
+        (dict(mlp_cfg=None), 'mlp_cfg must be a dict, got None'),
+        (dict(attn_cfg='softmax'), "attn_cfg must be a dict, got 'softmax'"),
         (
             dict(attn_cfg=dict(localty='1d')),
             "with attention='vicinity', attn_cfg allows the keys locality, ",

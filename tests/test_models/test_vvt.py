@@ -442,6 +442,9 @@ def test_builds_under_every_scope(scope):
             dict(drop_path_rate=1.0),
             r'drop_path_rate must be in \[0, 1\), got 1.0',
         ),
+        (dict(drop_rate='0.1'), r"drop_rate must be in \[0, 1\), got '0.1'"),
+        (dict(with_cp='no'), "with_cp must be True or False, got 'no'"),
+        (dict(in_channels=0), 'in_channels must be a positive integer, got 0'),
         (dict(attn_cfg=dict(locality='2d')), "locality must be one of .*'2d'"),
         (
             dict(attn_cfg=dict(se_ratio=3)),

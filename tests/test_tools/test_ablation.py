@@ -1,7 +1,9 @@
 """Tests of ablation grids: ``tools/analysis_tools/ablation.py``."""
 
+import itertools
 import json
 import math
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,15 +119,20 @@ def test_grid_is_trained_and_resumed(digits_root, tmp_path):
     assert '2 runs: 2 finished before, 0 to do' in again.stdout
     assert '[1/' not in again.stdout
 
-    # A run whose result was lost is resumed at its last epoch.
+    # One that was killed in its last validation has the metric of an earlier
+    # epoch only; its last checkpoint is validated.
     write_results(str(tmp_path / 'results/out.csv'), results[:1])
+    (folder,) = tmp_path.glob(
+        f'work_dirs/ablation/small/{results[1].variant}/*-seed3'
+    )
+    (log,) = folder.glob('*/vis_data/scalars.json')
+    log.write_text('{"accuracy/top1": 1.5, "step": 0}\n{"loss": 1}\n')
     again = run_tool(ROOT / TOOL, grid, *options, cwd=tmp_path)
     assert again.returncode == 0, again.stdout
     assert '2 runs: 1 finished before, 1 to do' in again.stdout
     restored = read_results(str(tmp_path / 'results/out.csv'))
-    assert sorted(r.value for r in restored) == sorted(
-        r.value for r in results
-    )
+    assert [r.value for r in restored] == [r.value for r in results]
+    assert restored[1].seconds > results[1].seconds
 
 
 def test_cost_and_report(tmp_path):
@@ -183,6 +190,8 @@ def test_cost_and_report(tmp_path):
 class FakeTraining:
     """Replaces the process that trains; it logs a value, or fails."""
 
+    attempts = itertools.count()
+
     def __init__(self, values=None, fail=()):
         self.values, self.fail = values or {}, fail
         self.runs = []
@@ -195,7 +204,8 @@ class FakeTraining:
         if key in self.fail:
             stdout.write(b'first line\nerror: the disk is on fire\n')
             return subprocess.CompletedProcess(command, 1)
-        scalars = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
+        attempt = f'20260101_{next(self.attempts):06d}'
+        scalars = folder / attempt / 'vis_data' / 'scalars.json'
         scalars.parent.mkdir(parents=True, exist_ok=True)
         line = {'accuracy/top1': self.values.get(key, 50.0), 'step': 1}
         scalars.write_text(json.dumps(line) + '\n')
@@ -291,24 +301,51 @@ def test_two_processes_share_a_grid(study, tmp_path):
     # A run that another process is training
     name = f'{study.variants[1].digest}-seed3'
     folder = tmp_path / 'runs' / 'softmax' / name
-    with ablation._locked(folder, wait=False):
+    with ablation._locked(folder / ablation.LOCK_FILE, wait=False):
         with pytest.raises(UserError, match='another process is training in'):
             study(FakeTraining(), seeds=[3])
 
 
+def test_a_run_that_another_command_finishes(study):
+    """It is not trained again, and its row in the file not replaced."""
+    row = result('softmax', seed=3, config=study.variants[1].digest)
+    fake = FakeTraining()
+
+    def train(command, **options):
+        write_results(str(study.csv), [row])
+        return fake(command, **options)
+
+    results = study(train, seeds=[3])
+    assert fake.runs == [('vvt', 3)]
+    assert study.lines[-1].startswith(
+        '[2/2] softmax, seed 3: finished by another command'
+    )
+    assert results[1].seconds == row.seconds
+    assert results[1].machine == row.machine
+
+
 def test_a_child_keeps_the_lock(tmp_path):
     """A process that was started goes on if the command is killed."""
-    with ablation._locked(tmp_path, wait=False) as lock:
+    path = tmp_path / 'lock'
+    with ablation._locked(path, wait=False) as lock:
         child = subprocess.Popen(['sleep', '60'], pass_fds=lock)
     try:
         with pytest.raises(UserError, match='another process is training'):
-            with ablation._locked(tmp_path, wait=False):
+            with ablation._locked(path, wait=False):
                 pass
     finally:
         child.kill()
         child.wait()
-    with ablation._locked(tmp_path, wait=False):
+    with ablation._locked(path, wait=False):
         pass
+
+
+def test_the_folder_is_checked_before_training(study, tmp_path):
+    (tmp_path / 'runs').write_text('a file')
+    fake = FakeTraining()
+    with pytest.raises(UserError, match='runs'):
+        study(fake)
+    assert not fake.runs
 
 
 def test_the_file_is_checked_before_training(study):
@@ -332,7 +369,8 @@ def test_a_failed_run_does_not_stop_the_others(study):
         study(fake)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(
-        'vvt, seed 3: training exited with code 1: error: the disk is on fire'
+        'vvt, seed 3: mmvvt train exited with code 1: error: the disk is on '
+        'fire'
     )
     assert len(fake.runs) == 4
     assert len(read_results(str(study.csv))) == 3
@@ -345,7 +383,7 @@ def test_a_failed_run_does_not_stop_the_others(study):
     'value,message',
     [
         (math.nan, 'is nan'),
-        (None, r'no accuracy/top1 was logged in \S+'),
+        (None, 'no accuracy/top1 was logged, only accuracy/top1, step$'),
     ],
 )
 def test_no_number(study, value, message):
@@ -371,6 +409,19 @@ def test_time_of_interrupted_runs_is_added(study, monkeypatch):
     assert found.seconds == 200
 
 
+def test_time_of_killed_runs_is_added(study, tmp_path):
+    """It lasted from its start to its last line, also without the command."""
+    folder = tmp_path / 'runs' / 'vvt' / f'{study.variants[0].digest}-seed3'
+    folder.mkdir(parents=True)
+    (folder / ablation.SECONDS_FILE).write_text('40.0 1000000.0\n')
+    (folder / ablation.LOG_FILE).write_text('a line\n')
+    os.utime(folder / ablation.LOG_FILE, (1000300.0, 1000300.0))
+    options = dict(seeds=[3], variants=study.variants[:1])
+    (found,) = study(FakeTraining(), **options)
+    assert 340 <= found.seconds < 350
+    assert len((folder / ablation.SECONDS_FILE).read_text().split()) == 1
+
+
 def test_threads_are_shared(study, monkeypatch):
     monkeypatch.setattr(ablation, '_num_processors', lambda: 6)
     seen = []
@@ -391,16 +442,21 @@ def test_threads_are_shared(study, monkeypatch):
 
 def test_last_value(tmp_path):
     """The newest log counts; lines that were not completed are skipped."""
-    for name, lines in (
-        ('20260101_000000', '{"mIoU": 10.0}\n{"loss": 1}\n{"mIoU": 20.0}\n'),
-        ('20260102_000000', '{"loss": 1}\n{"mIoU": 30.0}\n{"mIoU": 4'),
+    logs = [tmp_path / 'a.json', tmp_path / 'b.json']
+    for log, lines in zip(
+        logs,
+        (
+            '{"mIoU": 10.0}\n{"loss": 1}\n{"mIoU": 20.0}\n',
+            '{"loss": 1}\n{"mIoU": 30.0}\n{"mIoU": 4',
+        ),
     ):
-        folder = tmp_path / name / 'vis_data'
-        folder.mkdir(parents=True)
-        (folder / 'scalars.json').write_text(lines)
-    assert last_value(str(tmp_path), 'mIoU') == 30.0
+        log.write_text(lines)
+    assert last_value(logs, 'mIoU') == 30.0
     with pytest.raises(UserError, match='only loss, mIoU$'):
-        last_value(str(tmp_path), 'mAcc')
+        last_value(logs, 'mAcc')
+    # A run that had nothing to do
+    logs[0].write_text('')
+    assert last_value(logs[:1], 'mIoU') is last_value([], 'mIoU') is None
 
 
 def test_digest_ignores_seed_and_folder():
@@ -474,6 +530,11 @@ def test_other_csv_files(text, message, tmp_path):
         (dict(variants={}), 'variants must map names to settings'),
         (dict(variants=dict(a=None)), 'the settings of a must map dotted'),
         (dict(variants=dict(a={1: 2})), 'the settings of a must map dotted'),
+        ('a: 1\nb: 2\na: 3\n', 'is not valid YAML: the key a is repeated'),
+        ('a: {b: {c: 1, c: 1}}', 'is not valid YAML: the key c is repeated'),
+        (dict(variants={1: {}}), 'the name of a variant must be text of'),
+        (dict(variants={'../a': {}}), "and not begin with a dot, got '../a'"),
+        (dict(variants={'..': {}}), "and not begin with a dot, got '..'"),
     ],
 )
 def test_bad_grid(text, message, tmp_path):
@@ -486,6 +547,22 @@ def test_bad_grid(text, message, tmp_path):
     assert done.returncode == 1
     (line,) = done.stdout.splitlines()
     assert line.startswith('error: ') and message in line
+
+
+def test_values_of_a_grid(tmp_path):
+    """Numbers and anchors as PyTorch's users write them."""
+    path = tmp_path / 'small.yml'
+    head = yaml.safe_dump(content(variants=dict(a={})), sort_keys=False)
+    path.write_text(
+        head.removesuffix('variants:\n  a: {}\n')
+        + 'variants:\n'
+        + '  a: &base {lr: 1e-3, decay: 5.E+2, wide: 1.5e3, name: e5}\n'
+        + '  b+c_1.0: {<<: *base, lr: 2e-3}\n'
+    )
+    assert read_grid(str(path)).variants == {
+        'a': dict(lr=1e-3, decay=500.0, wide=1500.0, name='e5'),
+        'b+c_1.0': dict(lr=2e-3, decay=500.0, wide=1500.0, name='e5'),
+    }
 
 
 @pytest.mark.parametrize(
@@ -502,7 +579,7 @@ def test_bad_grid(text, message, tmp_path):
         ),
         (
             dict(variants=dict(a={'model.head.in_channels': 8})),
-            'cannot process an image of shape (3, 32, 32): mat1 and mat2',
+            'or not process an image of shape (3, 32, 32): mat1 and mat2',
         ),
         (
             dict(variants=dict(a={'model.backbone.type.x': 3})),
@@ -523,6 +600,20 @@ def test_bad_variant(options, message, tmp_path):
     with pytest.raises(UserError) as caught:
         prepare_variants(grid)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (['--cost', '--plot', 'a.png'], '--plot draws results, which --cost'),
+        (['--plot', 'a.svg'], '--plot must end with .png, got a.svg'),
+    ],
+)
+def test_bad_plot(options, message, tmp_path):
+    done = run_tool(ROOT / TOOL, write(tmp_path), *options, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f'error: {message}')
+    assert not list(tmp_path.glob('a.*'))
 
 
 def test_unknown_variant(tmp_path):

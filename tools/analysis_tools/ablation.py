@@ -70,11 +70,15 @@ def print_cost(variants):
 
 def main():
     args = parse_args()
+    if args.plot:
+        if args.cost:
+            raise UserError('--plot draws results, which --cost does not have')
+        if not args.plot.endswith('.png'):
+            raise UserError(f'--plot must end with .png, got {args.plot}')
+        check_writable(args.plot)
     grid = read_grid(args.grid)
     folder = Path('work_dirs', 'ablation')
     csv = args.csv or str(folder / f'{grid.name}.csv')
-    if args.plot:
-        check_writable(args.plot)
     variants = prepare_variants(grid, args.variants)
     if args.cost:
         print_cost(variants)

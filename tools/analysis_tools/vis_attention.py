@@ -17,7 +17,7 @@ from mmvvt.apis import (
 )
 from mmvvt.cli import add_cfg_options, run
 from mmvvt.errors import UserError
-from mmvvt.fileio import atomic_write
+from mmvvt.fileio import atomic_write, check_writable
 from mmvvt.preflight import read_config
 from mmvvt.visualization import draw_attention
 
@@ -91,6 +91,7 @@ def main():
     args = parse_args()
     if not args.out.endswith('.png'):
         raise UserError(f'OUT must end with .png, got {args.out}')
+    check_writable(args.out)
     keep_freed_memory()
     predictor = Predictor(
         read_config(args.config, args.cfg_options),

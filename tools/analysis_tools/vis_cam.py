@@ -21,7 +21,7 @@ from mmvvt.apis import (
 )
 from mmvvt.cli import add_cfg_options, run
 from mmvvt.errors import UserError
-from mmvvt.fileio import atomic_write
+from mmvvt.fileio import atomic_write, check_writable
 from mmvvt.preflight import read_config
 from mmvvt.visualization import draw_activation_maps
 
@@ -84,6 +84,7 @@ def main():
     args = parse_args()
     if not args.out.endswith('.png'):
         raise UserError(f'OUT must end with .png, got {args.out}')
+    check_writable(args.out)
     if not 0 <= args.score_thr <= 1:
         raise UserError(
             f'--score-thr must be from 0 to 1, got {args.score_thr}'
