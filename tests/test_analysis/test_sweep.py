@@ -17,6 +17,7 @@ from mmvvt.analysis.sweep import (
     MEASURED,
     NOT_MEASURED,
     OUT_OF_MEMORY,
+    QUANTITIES,
     SweepRow,
     fit_exponent,
     fit_growth,
@@ -30,7 +31,7 @@ from mmvvt.errors import UserError, WriteError
 from mmvvt.fileio import check_writable
 from mmvvt.visualization.sweep import plot_sweep
 
-from conftest import run_tool
+from conftest import ROOT, run_tool
 
 TOOL = 'tools/analysis_tools/get_flops.py'
 HIDDEN = dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
@@ -349,7 +350,9 @@ def test_out_of_memory_and_resume():
     (again,) = sweep.sweep(['vvt-tiny'], [64], 2, 8.0, rows)
     assert again[0].status == MEASURED and again[0].runs == 2
     assert again[0].multiply_adds == lost.multiply_adds
-    assert 0.1 < again[0].start_gib < again[0].peak_gib < 2
+    assert 0.1 < again[0].start_gib and again[0].peak_gib < 2
+    # The model did not run before: its pass has all of its memory.
+    assert again[0].peak_gib > again[0].start_gib + 0.01
     assert 0 < again[0].seconds_p20 <= again[0].seconds
     # Rows that were measured are kept whatever the limit is.
     kept = [dataclasses.replace(again[0], seconds=123.0)]
@@ -479,3 +482,44 @@ def test_tool_requires_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     with pytest.raises(UserError, match='hide the GPU with CUDA_VISIBLE_DEV'):
         next(sweep.sweep(['vvt-tiny'], [64]))
+
+
+def cell(row, value, digits):
+    return 'out of memory' if value is None else f'{value:.{digits}}'
+
+
+@pytest.mark.parametrize(
+    'title,name,digits',
+    [
+        ('seconds', 'seconds', '3g'),
+        ('peak memory (GiB)', 'peak_gib', '2f'),
+        ('memory of the pass (GiB)', 'memory_gib', '3f'),
+    ],
+)
+def test_tables_of_the_page(title, name, digits):
+    """They have the values of the CSV file, for each model and size."""
+    rows = sweep.read_sweep(str(ROOT / 'benchmarks' / 'sweep.csv'))
+    sides = sorted({row.side for row in rows})
+    lines = [
+        f'| {title} | ' + ' | '.join(map(str, sides)) + ' |',
+        '|' + '---|' * (len(sides) + 1),
+    ]
+    for model in sweep.MODELS:
+        found = {row.side: row for row in rows if row.model == model}
+        cells = [
+            cell(found[s], getattr(found[s], name), digits) for s in sides
+        ]
+        lines.append(f'| {model} | ' + ' | '.join(cells) + ' |')
+    text = (ROOT / 'docs' / 'evidence' / 'cost.md').read_text()
+    assert '\n'.join(lines) in text
+
+
+def test_exponents_of_the_page():
+    """They are those of the rows, as the command fits them."""
+    rows = sweep.read_sweep(str(ROOT / 'benchmarks' / 'sweep.csv'))
+    growth = {(g.model, g.quantity): g for g in sweep.fit_growth(rows)}
+    text = (ROOT / 'docs' / 'evidence' / 'cost.md').read_text()
+    for model in sweep.MODELS:
+        values = [growth[model, name].exponent for name in QUANTITIES]
+        line = f'| {model} | ' + ' | '.join(f'{v:.2f}' for v in values)
+        assert f'{line} |\n' in text

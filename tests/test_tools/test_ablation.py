@@ -661,6 +661,9 @@ def test_grids_of_the_project(path):
         ('locality', 'fashion-mnist', 'vvt 1d no-locality softmax'),
         ('feature_reduction', 'fashion-mnist', 'vvt fr1 fr4 fr8'),
         ('peers', 'fashion-mnist', 'vvt pvtv2 swin resnet convnext'),
+        ('locality', 'digit-scenes', 'vvt product 1d no-locality softmax'),
+        ('feature_reduction', 'digit-scenes', 'vvt fr1 fr4 fr8'),
+        ('peers', 'digit-scenes', 'vvt pvtv2 swin resnet convnext'),
     ],
 )
 def test_tables_of_the_pages(page, grid, names):
