@@ -11,7 +11,7 @@ from conftest import ROOT, run_tool
 FLOORS = [
     ['mmvvt.version'],
     ['mmvvt.errors'],
-    ['mmvvt.arch', 'mmvvt.fileio', 'mmvvt.shipped'],
+    ['mmvvt.arch', 'mmvvt.arguments', 'mmvvt.fileio', 'mmvvt.shipped'],
     # subpackages of ops
     ['mmvvt.ops.autograd', 'mmvvt.ops.dispatch', 'mmvvt.ops.unflatten'],
     ['mmvvt.ops.selection'],
