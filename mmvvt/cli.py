@@ -39,7 +39,8 @@ def run(main: Callable[[], None]) -> None:
 
     A :class:`mmvvt.errors.UserError` is printed to stderr without a
     traceback, and the process exits with code 1. Other exceptions are bugs
-    and keep their traceback.
+    and keep their traceback. The process group of a distributed run, if any,
+    is destroyed when the main function returns.
 
     Args:
         main (Callable): Main function, called without arguments.
@@ -48,6 +49,9 @@ def run(main: Callable[[], None]) -> None:
     handler.handleError = _stop_if_disk_is_full
     try:
         main()
+        # The threads of a group may abort a process that exits before them.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except UserError as error:
         # PreflightError has one line per problem.
         message = str(error).replace('\n', '\nerror: ')

@@ -53,14 +53,16 @@ def check_files(cfg, loaders):
 
 
 def run_two_processes(script, folder, timeout):
-    """Run code in two processes; each prints 'done' at the end.
+    """Run code in two processes; both must reach its end.
 
     Args:
-        script (str): Code. Its arguments are the rank and the path of a file
-            for the rendezvous.
+        script (str): Code that calls ``init_process_group``. Its arguments
+            are the rank and the path of a file for the rendezvous.
         folder (Path): Empty folder.
         timeout (float): Limit of each process in seconds.
     """
+    # Without the last step, the threads of gloo may abort a process that exits.
+    script += "\ndist.barrier()\ndist.destroy_process_group()\nprint('done')\n"
     processes = [
         subprocess.Popen(
             [sys.executable, '-c', script, str(rank), str(folder / 'store')],

@@ -85,7 +85,6 @@ except RuntimeError as error:
     assert 'find_unused_parameters=True' in str(error)
 else:
     raise AssertionError('unused parameters were accepted')
-print('done')
 """
 
 FSDP = """
@@ -119,7 +118,6 @@ for name, expected in alone.state_dict().items():
     torch.testing.assert_close(
         found[name], expected, rtol=1e-8, atol=1e-12, msg=name)
 assert any(not torch.equal(found[k], before[k]) for k in found)
-print('done')
 """
 
 

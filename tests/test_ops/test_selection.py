@@ -536,7 +536,6 @@ dist.barrier()
 dist.distributed_c10d._get_default_store = lambda: None
 assert select('no store') == 'torch'
 assert 'no key-value store' in messages[-1]
-print('done')
 """
 
 
