@@ -1,6 +1,7 @@
 """Tests of exit codes and error messages of the tools."""
 
 import pytest
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from mmvvt import errors
@@ -21,6 +22,18 @@ def test_user_errors_are_one_line(kind, capsys):
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == 'error: no such file: a.py'
+
+
+def test_the_process_group_is_destroyed(tmp_path):
+    """Otherwise, its threads may abort the process when it exits."""
+
+    def main():
+        dist.init_process_group(
+            'gloo', init_method=f'file://{tmp_path}/a', rank=0, world_size=1
+        )
+
+    run(main)
+    assert not dist.is_initialized()
 
 
 def test_all_kinds_are_caught_as_their_standard_errors():

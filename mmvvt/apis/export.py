@@ -303,7 +303,7 @@ def export_model(
             )
     stem = os.path.splitext(out)[0]
     files = [out, *(stem + suffix for suffix in form.companions)]
-    notes = []
+    notes = [] if form.note is None else [form.note]
     test_cfg = getattr(model, 'test_cfg', None) or {}
     if not backbone and test_cfg.get('mode') == 'slide':
         notes.append(

@@ -86,12 +86,14 @@ class Format(ABC):
         packages (tuple[str, ...]): Optional packages that the format needs.
         norm (str): Form of LayerNorm that is fastest in the engine, see
             :class:`~mmvvt.models.image_form.ImageForm`.
+        note (str, optional): What a user of the file must know.
     """
 
     name: str
     suffix: str
     companions: Tuple[str, ...] = ()
     norm = 'tokens'
+    note: Optional[str] = None
 
     packages: Tuple[str, ...] = ()
 
@@ -190,6 +192,11 @@ class OpenVinoFormat(Format):
     name = 'openvino'
     suffix = '.xml'
     companions = ('.bin',)
+    note = (
+        "open the file with {'INFERENCE_PRECISION_HINT': 'f32'}: by default, "
+        'OpenVINO computes in bfloat16 on processors that can, which '
+        'changes the outputs, most of all for large images'
+    )
     norm = 'channels'
 
     packages = ('openvino', 'onnx', 'onnxscript')
