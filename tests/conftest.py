@@ -61,7 +61,7 @@ def run_two_processes(script, folder, timeout):
         folder (Path): Empty folder.
         timeout (float): Limit of each process in seconds.
     """
-    # Without the last step, the threads of gloo may abort a process that exits.
+    # Without the last step, threads of gloo may abort a process that exits.
     script += "\ndist.barrier()\ndist.destroy_process_group()\nprint('done')\n"
     processes = [
         subprocess.Popen(
