@@ -39,13 +39,13 @@ def test_fpn_segmentor_at_other_sizes(name, tmp_path):
     checkpoint = save_random(cfg, tmp_path / 'random.pth')
     out = str(tmp_path / f'model{FORMATS[name].suffix}')
     result = export_model(cfg, checkpoint, out, name)
-    assert result.error < 1e-4
+    assert result.error < 1e-5
     run = FORMATS[name].open(out, threads=1)
     model = load(cfg, checkpoint)
     for shape in ((1, 3, 160, 96), (2, 3, 64, 200)):
         images = torch.randn(shape)
         (scores,) = run(images.numpy())
-        assert relative_error(scores, segment(model, images)) < 1e-4
+        assert relative_error(scores, segment(model, images)) < 1e-5
 
 
 def test_label_map(tmp_path):
@@ -127,14 +127,14 @@ def detect(model, images):
 def test_dense_head(detector, tmp_path):
     cfg, checkpoint = detector
     out = str(tmp_path / 'model.pt')
-    assert export_model(cfg, checkpoint, out, 'torchscript').error < 1e-4
+    assert export_model(cfg, checkpoint, out, 'torchscript').error < 1e-5
     images = torch.randn(2, 3, 130, 96)
     outs = FORMATS['torchscript'].open(out)(images.numpy())
     with torch.no_grad():
         scores, boxes = load(cfg, checkpoint)(images, mode='tensor')
     assert len(outs) == len(scores) + len(boxes)
     for found, expected in zip(outs, (*scores, *boxes)):
-        assert relative_error(found, expected) < 1e-4
+        assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize('threshold', [0.05, 0.9])
@@ -152,7 +152,7 @@ def test_boxes_are_those_of_mmdet(detector, threshold):
             boxes, scores, labels = network(images)
         count = len(expected)
         assert count > 0
-        assert relative_error(scores[:count], expected.scores) < 1e-4
+        assert relative_error(scores[:count], expected.scores) < 1e-5
         assert not scores[count:].any()
         assert (labels[count:] == -1).all()
         same = (labels[:count] == expected.labels) & (
