@@ -49,25 +49,26 @@ def layer_scales(model: nn.Module, decay_rate: float) -> Dict[str, float]:
     # Wrappers pass on the attributes of the module inside. The innermost
     # module, with the longest prefix, knows the names of its parameters.
     prefixes = sorted(backbones, key=len, reverse=True)
-    scales = {}
-    try:
-        for name, _ in model.named_parameters():
-            scales[name] = 1.0
-            prefix = next((p for p in prefixes if name.startswith(p)), None)
-            if prefix is None:
-                continue
-            # Models of mmpretrain take no prefix.
-            arguments = (name, prefix) if prefix else (name,)
-            depth, number = backbones[prefix].get_layer_depth(*arguments)
-            scales[name] = decay_rate ** (number - depth - 1)
-    except NotImplementedError:  # raised by backbones of mmpretrain
-        backbones = {}
+    kind = type(getattr(model, 'backbone', model)).__name__
+    unsupported = UserError(
+        'layer_decay_rate needs a backbone with the method get_layer_depth, '
+        f'which {kind} does not support'
+    )
     if not backbones:
-        kind = type(getattr(model, 'backbone', model)).__name__
-        raise UserError(
-            'layer_decay_rate needs a backbone with the method '
-            f'get_layer_depth, which {kind} does not support'
-        )
+        raise unsupported
+    scales = {}
+    for name, _ in model.named_parameters():
+        scales[name] = 1.0
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is None:
+            continue
+        # Models of mmpretrain take no prefix.
+        arguments = (name, prefix) if prefix else (name,)
+        try:
+            depth, number = backbones[prefix].get_layer_depth(*arguments)
+        except RuntimeError as error:  # ResNets of mmpretrain, by their depth
+            raise unsupported from error
+        scales[name] = decay_rate ** (number - depth - 1)
     return scales
 
 
