@@ -36,7 +36,9 @@ def segment(model, images):
 def test_fpn_segmentor_at_other_sizes(name, tmp_path):
     """The Upsample of mmseg keeps the size of the example when exported."""
     cfg = small_config('segmentor')
-    checkpoint = save_random(cfg, tmp_path / 'random.pth')
+    # With larger weights, logits exceed 1000, and the scores of PyTorch itself
+    # differ by 1e-5 from those in float64.
+    checkpoint = save_random(cfg, tmp_path / 'random.pth', noise=0.05)
     out = str(tmp_path / f'model{FORMATS[name].suffix}')
     result = export_model(cfg, checkpoint, out, name)
     assert result.error < 1e-5
