@@ -1,5 +1,7 @@
 """Tests of the benchmark: checks before timing, and its files."""
 
+import re
+
 import pytest
 import torch
 
@@ -18,6 +20,11 @@ from mmvvt.analysis.benchmark import (
     read_csv,
     write_csv,
 )
+
+from conftest import ROOT
+
+PAGE = ROOT / 'benchmarks' / 'README.md'
+FILES = sorted(PAGE.parent.glob('avx512_*.csv'))
 
 
 def test_differing_sides_are_not_timed():
@@ -154,3 +161,17 @@ def test_peak_memory_is_that_of_the_pass():
     if not torch.cuda.is_available():
         assert 0.2 < small < 1.5
     assert large > small + 0.3
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_tables_of_the_page(file):
+    """They contain the speed and memory of each row of the CSV files."""
+    section = PAGE.read_text().split('## On a processor with AVX-512')[1]
+    for row in read_csv(str(file)):
+        speeds = [
+            f'{row.batch / seconds:.3g}'
+            for seconds in (row.seconds, row.seconds_p80, row.seconds_p20)
+        ]
+        cell = f'{speeds[0]} ({speeds[1]} to {speeds[2]}), {row.peak_gib:.2f}'
+        line = rf'^\| {row.model}[ ,].*\| {re.escape(cell)} \|'
+        assert re.search(line, section, re.M), (row.model, cell)
