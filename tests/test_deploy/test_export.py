@@ -151,6 +151,34 @@ def test_int8(classifier, name, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.parametrize('worst, allowed', [(0.4, True), (0.9, False)])
+def test_int8_of_one_difficult_image(
+    worst, allowed, classifier, tmp_path, monkeypatch
+):
+    """The root mean square over the images decides, not the worst image."""
+    cfg, checkpoint = classifier
+    images = [torch.randn(1, 3, 32, 32) for _ in range(8)]
+    errors = iter([worst] + 7 * [0.05])
+    monkeypatch.setattr(
+        export_module, '_calibration_images', lambda cfg, model: images
+    )
+    monkeypatch.setattr(
+        export_module, 'compare', lambda *arguments: next(errors)
+    )
+    out = str(tmp_path / 'int8.onnx')
+    arguments = (cfg, checkpoint, out, 'onnx')
+    options = dict(int8=True, fixed_size=(32, 32))
+    if allowed:
+        result = export_model(*arguments, **options)
+        assert result.error == pytest.approx(
+            ((worst**2 + 7 * 0.05**2) / 8) ** 0.5
+        )
+    else:
+        with pytest.raises(UserError, match='differ from those of PyTorch'):
+            export_model(*arguments, **options)
+    assert os.path.exists(out) == allowed
+
+
 def test_int8_keeps_the_averages_of_layer_norm(
     classifier, tmp_path, monkeypatch
 ):
