@@ -15,21 +15,19 @@ from torch import Tensor
 
 from ..angles import NUM_FACTORS, axis_factors, combine_factors, token_factors
 from ..autograd import needs_custom_backward, without_autocast
-from ..clamp import clamp_in_place, mask_clamp_grad
-from ..linear import clamp_sums, divide, divide_backward
+from ..clamp import mask_clamp_grad
+from ..linear import clamp_sums
 from .common import (
     GradSums,
-    Workspace,
     check_differentiated_once,
     cut,
     dtype_of_strips,
-    layer_norm,
-    layer_norm_grads,
     linear,
     sum_dtype,
     sum_pixels,
     to_images,
 )
+from .native_ops import select_ops
 
 
 class AttentionWeights(NamedTuple):
@@ -114,87 +112,6 @@ def _factors(
     return combine_factors(of_rows[:, rows], of_cols, locality)
 
 
-def _features(
-    t: Tensor, factors: Optional[Tensor], workspace: Workspace
-) -> Tensor:
-    """Multiply tokens by their factors.
-
-    Args:
-        t (Tensor): Queries or keys of shape ``(b, heads, p, d)``.
-        factors (Tensor, optional): Factors of shape ``(p, n)``.
-        workspace (Workspace): Provides the memory of the result.
-
-    Returns:
-        Tensor: Contiguous features of shape ``(b, heads, p, n * d)``.
-    """
-    if factors is None:
-        return t.contiguous()
-    # (b, heads, p, 1, d) * (p, n, 1) -> (b, heads, p, n, d)
-    out = workspace.take(
-        'features', t, *t.shape[:3], factors.shape[1], t.shape[3]
-    )
-    torch.mul(t.unsqueeze(-2), factors[:, :, None], out=out)
-    return out.flatten(-2)  # (b, heads, p, n * d)
-
-
-def _fold(grad: Tensor, factors: Optional[Tensor]) -> Tensor:
-    """Compute the gradient of ``t`` in :func:`_features`.
-
-    Args:
-        grad (Tensor): Gradient of the features, ``(b, heads, p, n * d)``,
-            modified in place.
-        factors (Tensor, optional): Factors of shape ``(p, n)``.
-
-    Returns:
-        Tensor: Gradient of shape ``(b, heads, p, d)``.
-    """
-    if factors is None:
-        return grad
-    # (b, heads, p, n * d) -> (b, heads, p, n, d) -> (b, heads, p, d)
-    grad = grad.unflatten(-1, (factors.shape[1], -1))
-    return grad.mul_(factors[:, :, None]).sum(dim=-2)
-
-
-def _split_heads(t: Tensor, num_heads: int) -> Tensor:
-    """Split the channels into heads, without a copy."""
-    # (b, m, w, R) -> (b, p, heads, d) -> (b, heads, p, d), with p = m * w
-    return t.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _merge_heads(t: Tensor, out: Tensor) -> None:
-    """Write ``t``, ``(b, heads, p, d)``, to ``out``, ``(b, m, w, R)``."""
-    _split_heads(out, t.shape[1]).copy_(t)
-
-
-def _keys_and_values(
-    projected: Tensor,
-    factors: Optional[Tensor],
-    num_heads: int,
-    workspace: Workspace,
-) -> Tuple[Tensor, Tensor]:
-    """Compute the features of the keys and the extended values.
-
-    Args:
-        projected (Tensor): Projections of shape ``(b, m, w, 3 * R)``.
-        factors (Tensor, optional): Factors of shape ``(p, n)``.
-        num_heads (int): Number of heads.
-        workspace (Workspace): Provides the memory of the features.
-
-    Returns:
-        tuple[Tensor, Tensor]: Features of the keys, of shape
-        ``(b, heads, p, n * d)``, and the values, of shape
-        ``(b, heads, p, d + 1)``. The last column of the values is 1, so that
-        the key-value product also contains the sum of keys.
-    """
-    # (b, m, w, 3 * R) -> three tensors of shape (b, m, w, R)
-    _, k, v = (
-        _split_heads(t, num_heads).to(sum_dtype(t.dtype))
-        for t in projected.chunk(3, dim=-1)
-    )
-    features = _features(k.relu(), factors, workspace)
-    return features, F.pad(v, (0, 1), value=1.0)
-
-
 def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
     """Compute the channel gate from the mean of the normalised tokens.
 
@@ -253,55 +170,53 @@ def _forward(
         if keep
         else out[..., :reduced_dims]
     )
-    workspace = Workspace()
+    ops = select_ops(x, dtype, x.shape[-1], head_dims)
     sums = x.new_zeros(
         batch, heads, feature_dims, head_dims + 1, dtype=sum_dtype(dtype)
     )
     token_sum = sums.new_zeros(batch, x.shape[-1])
     for images, strips in pieces:
         for rows in strips:
-            normed, _, _ = layer_norm(
+            normed, _ = ops.layer_norm(
                 x[images, rows],
                 weights.norm_weight,
                 weights.norm_bias,
                 settings.norm_eps,
                 dtype,
+                token_sum[images],
             )
-            token_sum[images] += normed.sum(dim=(1, 2), dtype=sums.dtype)
             qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
             projected[images, rows] = qkv[..., : projected.shape[-1]]
             factors = _factors((height, width), rows, settings.locality, sums)
-            k, v = _keys_and_values(qkv, factors, heads, workspace)
-            # (b, heads, n * d, p) @ (b, heads, p, d + 1)
-            # -> (b, heads, n * d, d + 1)
-            sums[images] += k.transpose(-2, -1) @ v
+            ops.sum_products(qkv, factors, heads, sums[images])
     clamped_sums = clamp_sums(sums, clamp)
     _, gate = _gate(token_sum / (height * width), weights)
-    gate = gate.to(dtype)
 
     # The outputs of the output projection are saved, because the gradient
     # masks of the following clamps depend on them.
     kept = torch.empty_like(x, dtype=dtype) if keep else None
     for images, strips in pieces:
         for rows in strips:
-            q = projected[images, rows, :, :reduced_dims]
-            merged = workspace.take('merged', weights.out_weight, *q.shape)
             factors = _factors((height, width), rows, settings.locality, sums)
-            queries = _split_heads(q, heads).to(sums.dtype)
-            features = _features(queries.relu(), factors, workspace)
-            products = features @ clamped_sums[images]  # (b, heads, p, d + 1)
-            _merge_heads(divide(products, clamp, settings.eps), merged)
+            merged = ops.attend(
+                projected[images, rows, :, :reduced_dims],
+                factors,
+                clamped_sums[images],
+                clamp,
+                settings.eps,
+                dtype,
+            )
             branch = linear(merged, weights.out_weight, weights.out_bias)
             if kept is not None:
                 kept[images, rows] = branch
-            if clamp:
-                clamp_in_place(branch)
-            branch = torch.addcmul(branch, branch, gate[images, None, None])
-            if clamp:
-                clamp_in_place(branch)
-            if scale is not None:
-                branch.mul_(scale[images])
-            torch.add(x[images, rows], branch, out=out[images, rows])
+            ops.residual(
+                x[images, rows],
+                branch,
+                gate[images],
+                clamp,
+                None if scale is None else scale[images],
+                out[images, rows],
+            )
     return out, (projected, kept, sums, token_sum)
 
 
@@ -341,7 +256,7 @@ class _AttentionBranch(torch.autograd.Function):
         from_qkv = weights.qkv_weight.t().contiguous()  # (C, 3 * R)
 
         grads = GradSums()
-        workspace = Workspace()
+        ops = select_ops(x, dtype, x.shape[-1], reduced_dims // heads)
         grad_sums = torch.zeros_like(sums)
         grad_gate = torch.zeros_like(gate)
         # The first pass writes the query gradients to the first R channels.
@@ -349,59 +264,26 @@ class _AttentionBranch(torch.autograd.Function):
         grad_projected = torch.empty_like(projected)
         for images, strips in pieces:
             for rows in strips:
-                image_gate = gate[images, None, None].to(dtype)  # (b, 1, 1, C)
-                branch_grad = grad[images, rows].to(dtype, copy=True)
-                if scale is not None:
-                    branch_grad.mul_(scale[images])
-                raw = out = kept[images, rows]
-                if clamp:
-                    out = clamp_in_place(raw.clone())
-                    mask_clamp_grad(
-                        branch_grad, torch.addcmul(out, out, image_gate)
-                    )
-                grad_gate[images] += (branch_grad * out).sum(
-                    dim=(1, 2), dtype=gate.dtype
+                branch_grad, bias_grad = ops.residual_backward(
+                    grad[images, rows],
+                    kept[images, rows],
+                    gate[images],
+                    clamp,
+                    None if scale is None else scale[images],
+                    grad_gate[images],
                 )
-                branch_grad.addcmul_(branch_grad, image_gate)
-                if clamp:
-                    mask_clamp_grad(branch_grad, raw)
-
-                factors = _factors(
-                    (height, width), rows, settings.locality, sums
-                )
-                q = projected[images, rows, :, :reduced_dims].to(sums.dtype)
-                q = _split_heads(q, heads).relu()
-                features = _features(q, factors, workspace)
-                # (b, m, w, C) -> (b, m, w, R) -> (b, heads, p, d)
-                divided_grad = linear(branch_grad, from_out).to(sums.dtype)
-                divided_grad = _split_heads(divided_grad, heads).contiguous()
-                # (b, heads, p, d + 1) and (b, heads, p, d)
-                products_grad, divided = divide_backward(
-                    divided_grad,
-                    features @ clamped_sums[images],
+                merged = ops.attend_backward(
+                    projected[images, rows, :, :reduced_dims],
+                    _factors((height, width), rows, settings.locality, sums),
+                    clamped_sums[images],
                     clamp,
                     settings.eps,
-                )
-                if clamp:
-                    clamp_in_place(divided)
-                merged = workspace.take(
-                    'merged', raw, *raw.shape[:3], reduced_dims
-                )
-                _merge_heads(divided, merged)
-                grads.add('out_bias', sum_pixels(branch_grad))
-                grads.add_product('out_weight', branch_grad, merged)
-
-                # (b, heads, n * d, p) @ (b, heads, p, d + 1)
-                # -> (b, heads, n * d, d + 1)
-                grad_sums[images] += features.transpose(-2, -1) @ products_grad
-                q_grad = _fold(
-                    products_grad @ clamped_sums[images].transpose(-2, -1),
-                    factors,
-                )
-                _merge_heads(
-                    q_grad.mul_(q > 0),
+                    linear(branch_grad, from_out),  # (b, m, w, R)
                     grad_projected[images, rows, :, :reduced_dims],
+                    grad_sums[images],
                 )
+                grads.add('out_bias', bias_grad)
+                grads.add_product('out_weight', branch_grad, merged)
 
         if clamp:
             mask_clamp_grad(grad_sums[..., :-1], sums[..., :-1])
@@ -415,23 +297,16 @@ class _AttentionBranch(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         for images, strips in pieces:
             for rows in strips:
-                qkv = projected[images, rows]
-                factors = _factors(
-                    (height, width), rows, settings.locality, sums
-                )
-                features, v = _keys_and_values(qkv, factors, heads, workspace)
-                k_grad = _fold(
-                    v @ grad_sums[images].transpose(-2, -1), factors
-                )
-                k = _split_heads(qkv.chunk(3, dim=-1)[1], heads)
-                v_grad = features @ grad_sums[images, :, :, :-1]
                 qkv_grad = grad_projected[images, rows]
-                _, k_out, v_out = qkv_grad.chunk(3, dim=-1)
-                _merge_heads(k_grad.mul_(k > 0), k_out)
-                _merge_heads(v_grad, v_out)
-
+                ops.sum_products_backward(
+                    projected[images, rows],
+                    _factors((height, width), rows, settings.locality, sums),
+                    heads,
+                    grad_sums[images],
+                    qkv_grad,
+                )
                 tokens = x[images, rows]
-                normed, token_mean, rstd = layer_norm(
+                normed, statistics = ops.layer_norm(
                     tokens,
                     weights.norm_weight,
                     weights.norm_bias,
@@ -440,21 +315,18 @@ class _AttentionBranch(torch.autograd.Function):
                 )
                 grads.add('qkv_bias', sum_pixels(qkv_grad))
                 grads.add_product('qkv_weight', qkv_grad, normed)
-                normed_grad = linear(qkv_grad, from_qkv)
-                normed_grad.add_(mean_grad[images, None, None])
-                parts = layer_norm_grads(
-                    normed_grad,
+                ops.layer_norm_backward(
                     tokens,
-                    token_mean,
-                    rstd,
+                    linear(qkv_grad, from_qkv),
+                    mean_grad[images],
+                    grad[images, rows],
                     weights.norm_weight,
                     weights.norm_bias,
+                    settings.norm_eps,
+                    statistics,
+                    grad_x[images, rows],
+                    grads,
                 )
-                torch.add(
-                    grad[images, rows], parts[0], out=grad_x[images, rows]
-                )
-                grads.add('norm_weight', parts[1])
-                grads.add('norm_bias', parts[2])
         return grad_x, None, None, None, *grads.of(AttentionWeights._fields)
 
 

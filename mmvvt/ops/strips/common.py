@@ -244,69 +244,6 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Apply a LayerNorm over the channels, with statistics in float32.
-
-    Args:
-        x (Tensor): Input of shape ``(b, rows, w, C)``.
-        weight (Tensor): Weight of shape ``(C, )``, see :func:`sum_dtype`.
-        bias (Tensor): Bias of shape ``(C, )``, of the dtype of the weight.
-        eps (float): Value added to the variance.
-        dtype (torch.dtype): Dtype of the normalised tensor.
-
-    Returns:
-        tuple[Tensor, Tensor, Tensor]: Normalised tensor of the shape of
-        ``x``, and mean and reciprocal standard deviation, both of shape
-        ``(b, rows, w, 1)``.
-    """
-    x = x.to(torch.promote_types(x.dtype, dtype))
-    out, mean, rstd = torch.native_layer_norm(
-        x, x.shape[-1:], weight, bias, eps
-    )
-    return out.to(dtype), mean, rstd
-
-
-def layer_norm_grads(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x, weight and bias of :func:`layer_norm`.
-
-    Args:
-        grad (Tensor): Gradient of the output, ``(b, rows, w, C)``.
-        x (Tensor): Input of the LayerNorm, ``(b, rows, w, C)``.
-        mean (Tensor): Mean returned by :func:`layer_norm`.
-        rstd (Tensor): Reciprocal standard deviation returned by
-            :func:`layer_norm`.
-        weight (Tensor): Weight of shape ``(C, )``.
-        bias (Tensor): Bias of shape ``(C, )``.
-
-    Returns:
-        tuple[Tensor, Tensor, Tensor]: Gradients of x, weight and bias.
-    """
-    x = x.to(torch.promote_types(x.dtype, grad.dtype))
-    return torch.ops.aten.native_layer_norm_backward(
-        grad.to(x.dtype),
-        x,
-        x.shape[-1:],
-        mean,
-        rstd,
-        weight,
-        bias,
-        [True, True, True],
-    )
-
-
 def to_channels(x: Tensor) -> Tensor:
     """Permute to NCHW in channels-last memory format, without a copy."""
     # (b, rows, w, C) -> (b, C, rows, w)
@@ -335,13 +272,20 @@ class Workspace:
     def __init__(self):
         self._buffers: Dict[str, Tensor] = {}
 
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+    def take(
+        self,
+        name: str,
+        like: Tensor,
+        *shape: int,
+        dtype: Optional[torch.dtype] = None,
+    ) -> Tensor:
         """Return uninitialised memory; it invalidates the previous result.
 
         Args:
             name (str): Name of the buffer.
             like (Tensor): Provides the dtype and the device.
             *shape (int): Shape of the result.
+            dtype (torch.dtype, optional): Dtype. Defaults to that of ``like``.
 
         Returns:
             Tensor: Contiguous tensor of this shape.
@@ -349,7 +293,7 @@ class Workspace:
         numel = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[name] = like.new_empty(numel)
+            buffer = self._buffers[name] = like.new_empty(numel, dtype=dtype)
         return buffer[:numel].view(shape)
 
 

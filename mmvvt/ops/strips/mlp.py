@@ -9,7 +9,6 @@ into one strip, its hidden activations are saved instead.
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import needs_custom_backward, without_autocast
@@ -19,17 +18,12 @@ from .common import (
     check_differentiated_once,
     cut,
     dtype_of_strips,
-    layer_norm,
-    layer_norm_grads,
     linear,
     sum_dtype,
     sum_pixels,
-    to_channels,
     to_images,
-    to_pixels,
 )
-
-aten = torch.ops.aten
+from .native_ops import select_ops
 
 
 class MLPWeights(NamedTuple):
@@ -63,61 +57,6 @@ class MLPWeights(NamedTuple):
         )
 
 
-def _depthwise(
-    window: Tensor, weight: Tensor, bias: Optional[Tensor], padding: int
-) -> Tensor:
-    """Apply the depthwise 3x3 convolution to a window of rows.
-
-    Args:
-        window (Tensor): Input of shape ``(b, m + 2 - 2 * padding, w, D)``.
-        weight (Tensor): Weight of shape ``(D, 1, 3, 3)``.
-        bias (Tensor, optional): Bias of shape ``(D, )``.
-        padding (int): Vertical padding, 0 or 1. The horizontal padding is 1.
-
-    Returns:
-        Tensor: Output of shape ``(b, m, w, D)``.
-    """
-    return to_pixels(
-        F.conv2d(
-            to_channels(window),
-            weight,
-            bias,
-            padding=(padding, 1),
-            groups=window.shape[-1],
-        )
-    )
-
-
-def _depthwise_weight_grads(
-    grad: Tensor, window: Tensor, weight: Tensor, padding: int
-) -> Tuple[Tensor, Tensor]:
-    """Compute the gradients of the weight and bias of :func:`_depthwise`.
-
-    Args:
-        grad (Tensor): Gradient of the output, ``(b, m, w, D)``.
-        window (Tensor): Input of shape ``(b, m + 2 - 2 * padding, w, D)``.
-        weight (Tensor): Weight of shape ``(D, 1, 3, 3)``.
-        padding (int): Vertical padding, 0 or 1.
-
-    Returns:
-        tuple[Tensor, Tensor]: Gradients of the weight and the bias.
-    """
-    channels = window.shape[-1]
-    return aten.convolution_backward(
-        to_channels(grad),
-        to_channels(window),
-        weight,
-        [channels],
-        [1, 1],
-        [padding, 1],
-        [1, 1],
-        False,
-        [0, 0],
-        channels,
-        [False, True, True],
-    )[1:]
-
-
 def _forward(
     x: Tensor,
     weights: MLPWeights,
@@ -147,9 +86,10 @@ def _forward(
     hidden_dims = weights.fc1_weight.shape[0]
     dtype = weights.fc1_weight.dtype
     window = RowWindow(height)
+    ops = select_ops(x, dtype, hidden_dims)
     for images, strips in cut(batch, height, width, hidden_dims):
         for rows in strips:
-            normed, _, _ = layer_norm(
+            normed, _ = ops.layer_norm(
                 x[images, rows],
                 weights.norm_weight,
                 weights.norm_bias,
@@ -158,20 +98,22 @@ def _forward(
             )
             hidden = linear(normed, weights.fc1_weight, weights.fc1_bias)
             hidden, rows, padding = window.push(hidden, rows)
-            mixed = _depthwise(
+            if kept is not None and len(strips) == 1:
+                kept.append(hidden)
+            active = ops.depthwise_gelu(
                 hidden, weights.dwconv_weight, weights.dwconv_bias, padding
             )
-            if kept is not None and len(strips) == 1:
-                kept += [hidden, mixed]
-                active = F.gelu(mixed)
-            else:
-                active = aten.gelu_(mixed)
             branch = linear(active, weights.fc2_weight, weights.fc2_bias)
-            if scale is not None:
-                branch.mul_(scale[images])
-            torch.add(x[images, rows], branch, out=out[images, rows])
+            ops.residual(
+                x[images, rows],
+                branch,
+                None,
+                False,
+                None if scale is None else scale[images],
+                out[images, rows],
+            )
             # The next strip uses this memory again.
-            del hidden, mixed, active, branch
+            del hidden, active, branch
     return out
 
 
@@ -216,72 +158,56 @@ class _MLPBranch(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grads = GradSums()
         window, grad_window = RowWindow(height), RowWindow(height)
+        ops = select_ops(x, dtype, hidden_dims)
+        norm = (weights.norm_weight, weights.norm_bias, ctx.eps)
         for images, strips in cut(batch, height, width, hidden_dims):
             for rows in strips:
                 if len(strips) == 1:
-                    hidden, mixed = next(kept), next(kept)
-                    padding = 1
+                    hidden, padding = next(kept), 1
                 else:
-                    normed, _, _ = layer_norm(
-                        x[images, rows],
-                        weights.norm_weight,
-                        weights.norm_bias,
-                        ctx.eps,
-                        dtype,
-                    )
+                    normed, _ = ops.layer_norm(x[images, rows], *norm, dtype)
                     hidden = linear(
                         normed, weights.fc1_weight, weights.fc1_bias
                     )
                     hidden, rows, padding = window.push(hidden, rows)
-                    mixed = _depthwise(
-                        hidden,
-                        weights.dwconv_weight,
-                        weights.dwconv_bias,
-                        padding,
-                    )
                 branch_grad = grad[images, rows]  # (b, m, w, C)
                 if scale is not None:
                     branch_grad = branch_grad * scale[images]
                 branch_grad = branch_grad.to(dtype)
+                active, mixed_grad, weight_grad, bias_grad = (
+                    ops.depthwise_gelu_backward(
+                        hidden,
+                        weights.dwconv_weight,
+                        weights.dwconv_bias,
+                        padding,
+                        linear(branch_grad, to_hidden),  # (b, m, w, D)
+                    )
+                )
                 grads.add('fc2_bias', sum_pixels(branch_grad))
-                grads.add_product('fc2_weight', branch_grad, F.gelu(mixed))
-                # (b, m, w, C) -> (b, m, w, D)
-                mixed_grad = aten.gelu_backward(
-                    linear(branch_grad, to_hidden), mixed
-                )
-                weight_grad, bias_grad = _depthwise_weight_grads(
-                    mixed_grad, hidden, weights.dwconv_weight, padding
-                )
+                grads.add_product('fc2_weight', branch_grad, active)
                 grads.add('dwconv_weight', weight_grad)
                 grads.add('dwconv_bias', bias_grad)
 
                 # The input gradient of the convolution is a convolution with
                 # the flipped weight. Its window lags one more row behind.
                 hidden_grad, rows, padding = grad_window.push(mixed_grad, rows)
-                hidden_grad = _depthwise(hidden_grad, flipped, None, padding)
-                tokens = x[images, rows]
-                normed, mean, rstd = layer_norm(
-                    tokens,
-                    weights.norm_weight,
-                    weights.norm_bias,
-                    ctx.eps,
-                    dtype,
+                hidden_grad = ops.depthwise(
+                    hidden_grad, flipped, None, padding
                 )
+                tokens = x[images, rows]
+                normed, statistics = ops.layer_norm(tokens, *norm, dtype)
                 grads.add('fc1_bias', sum_pixels(hidden_grad))
                 grads.add_product('fc1_weight', hidden_grad, normed)
-                parts = layer_norm_grads(
-                    linear(hidden_grad, to_tokens),
+                ops.layer_norm_backward(
                     tokens,
-                    mean,
-                    rstd,
-                    weights.norm_weight,
-                    weights.norm_bias,
+                    linear(hidden_grad, to_tokens),
+                    None,
+                    grad[images, rows],
+                    *norm,
+                    statistics,
+                    grad_x[images, rows],
+                    grads,
                 )
-                torch.add(
-                    grad[images, rows], parts[0], out=grad_x[images, rows]
-                )
-                grads.add('norm_weight', parts[1])
-                grads.add('norm_bias', parts[2])
         return grad_x, None, None, None, *grads.of(MLPWeights._fields)
 
 

@@ -1,0 +1,1045 @@
+// Kernels of the strips on CPUs, see mmvvt/ops/strips. They replace chains of
+// PyTorch operations that are limited by memory; the large matrix products
+// remain PyTorch operations. mmvvt/ops/native/library.py compiles this file
+// for the processor on which it runs. It needs C++17, the vector extensions of
+// GCC and Clang, and OpenMP.
+//
+// All arithmetic is float32. Tensors are float32 or bfloat16; the sums over
+// tokens, the factors and the weights of the depthwise convolution are
+// float32. Shapes use the letters of the Python code: b images, m rows, w
+// columns, p = m * w tokens, C, D, R channels, d channels per head, n factors
+// per token. Every tensor is contiguous unless a stride is given; strides are
+// in elements.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int WIDTH = 16;  // floats of a vector
+constexpr int ROWS = 8;    // rows of a product that stay in registers
+#else
+constexpr int WIDTH = 8;
+constexpr int ROWS = 4;
+#endif
+constexpr int CHUNK = 32;  // tokens of which the features fit into the L1 cache
+constexpr int BLOCK = 64;  // tokens after which sums are collected
+constexpr int TILE = 4;    // columns that a step of the convolution computes
+constexpr float CLAMP_MIN = 1e-4f, CLAMP_MAX = 1e4f;  // mmvvt/ops/clamp.py
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline vec fill(float value) { return vec{} + value; }
+
+inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// GCC 12 compiles __builtin_convertvector to several instructions; for these
+// two conversions, AVX-512 has one each.
+inline vec load(const bfloat16* p) {
+  hvec half;
+  std::memcpy(&half, p, sizeof(half));
+#ifdef __AVX512F__
+  return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+#else
+  return (vec)(__builtin_convertvector(half, uvec) << 16);
+#endif
+}
+
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Rounds to nearest even, as PyTorch does. NaN remains NaN.
+inline void store(bfloat16* p, vec v) {
+#ifdef __AVX512BF16__
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
+  const uvec bits = (uvec)v;
+  const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const hvec half =
+      __builtin_convertvector(v == v ? rounded : uvec{} + 0x7fc0, hvec);
+#endif
+  std::memcpy(p, &half, sizeof(half));
+}
+
+// The first `left` elements of a vector, and zeros. If fewer than WIDTH are
+// left, they are WIDTH / 2: heads have a multiple of 8 channels.
+template <typename T>
+inline vec load_part(const T* p, int64_t left) {
+  if (left >= WIDTH) return load(p);
+  T padded[WIDTH] = {};
+  std::memcpy(padded, p, sizeof(padded) / 2);
+  return load(padded);
+}
+
+template <typename T>
+inline void store_part(T* p, vec v, int64_t left) {
+  if (left >= WIDTH) return store(p, v);
+  T padded[WIDTH];
+  store(padded, v);
+  std::memcpy(p, padded, sizeof(padded) / 2);
+}
+
+inline float sum(vec v) {
+  float total = 0;
+  for (int i = 0; i < WIDTH; ++i) total += v[i];
+  return total;
+}
+
+inline vec magnitude(vec v) { return (vec)((uvec)v & 0x7fffffff); }
+
+// The comparisons are written so that NaN remains NaN.
+inline vec relu(vec v) { return v < 0 ? vec{} : v; }
+
+inline vec clip(vec v) {
+  v = v < CLAMP_MIN ? fill(CLAMP_MIN) : v;
+  return v > CLAMP_MAX ? fill(CLAMP_MAX) : v;
+}
+
+// sign(v) * clip(|v|, 1e-4, 1e4), the clamp of the official code.
+inline vec magnitude_clamp(vec v) {
+  const vec clipped =
+      (vec)((uvec)clip(magnitude(v)) | ((uvec)v & 0x80000000));
+  return v == 0 ? vec{} : clipped;
+}
+
+// Where the clamp lets the gradient pass.
+inline ivec is_inside(vec v) {
+  v = magnitude(v);
+  return (v >= CLAMP_MIN) & (v <= CLAMP_MAX);
+}
+
+// exp(v) for v <= 0, relative error 2e-7. Below -87, the result is exp(-87).
+inline vec exponential(vec v) {
+  v = v < -87.0f ? fill(-87.0f) : v;
+  // v = n * log(2) + r with |r| <= log(2) / 2
+  const ivec n = __builtin_convertvector(v * 1.44269504f - 0.5f, ivec);
+  const vec whole = __builtin_convertvector(n, vec);
+  const vec r = (v - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  vec series = fill(1.0f / 5040);
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  return series * (vec)((n + 127) << 23);
+}
+
+// Distribution function of the normal distribution; gelu(v) = v * phi(v). An
+// odd polynomial of degree 27 plus 1/2 inside [-5.25, 5.25], fitted to
+// (phi(v) - 1/2) / v by least squares with Lawson's weights; the absolute
+// error in float32 is 1.6e-7.
+inline vec normal_cdf(vec v) {
+  constexpr float BOUND = 5.25f;
+  constexpr float C[] = {
+      0.134659364f,   -0.067126652f,  0.0496438981f,  -0.0397686341f,
+      0.0320642618f,  -0.0249949312f, 0.0183259968f,  -0.012954385f,
+      0.00907037668f, -0.0051199842f, 0.00186944298f, -0.00132634576f,
+      0.00145661303f, -0.000560954842f};
+  const vec t = v * v * (2 / (BOUND * BOUND)) - 1.0f;
+  // Estrin's scheme: terms are added in pairs, so that few instructions wait
+  // for the result of another.
+  vec terms[7];
+  for (int i = 0; i < 7; ++i) terms[i] = t * C[2 * i + 1] + C[2 * i];
+  const vec t2 = t * t, t4 = t2 * t2, t8 = t4 * t4;
+  const vec low = (terms[3] * t2 + terms[2]) * t4 + (terms[1] * t2 + terms[0]);
+  const vec high = terms[6] * t4 + (terms[5] * t2 + terms[4]);
+  vec phi = v * (high * t8 + low) + 0.5f;
+  phi = v > BOUND ? fill(1.0f) : phi;
+  return v < -BOUND ? vec{} : phi;
+}
+
+// Runs work(first, last, thread) on each thread, for equal parts of the items.
+template <typename Work>
+void in_parts(int64_t items, int threads, Work&& work) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t count = omp_get_num_threads(), i = omp_get_thread_num();
+    work(items * i / count, items * (i + 1) / count, i);
+  }
+}
+
+// Sums of floats over the items of in_parts. Each thread adds to recent sums of
+// its own and calls collect() now and then, so that small numbers are not
+// added to large ones. The sums of the threads are added in their order: the
+// result depends on the number of threads, but not on their timing.
+class Sums {
+ public:
+  Sums(int64_t size, int threads)
+      : size_(size),
+        threads_(threads),
+        recent_(size * threads),
+        totals_(size * threads) {}
+
+  float* recent(int64_t thread) { return recent_.data() + thread * size_; }
+
+  void collect(int64_t thread) {
+    const int64_t first = thread * size_;
+    for (int64_t i = first; i < first + size_; ++i) {
+      totals_[i] += recent_[i];
+      recent_[i] = 0;
+    }
+  }
+
+  float total(int64_t i) const {
+    float total = 0;
+    for (int t = 0; t < threads_; ++t)
+      total += totals_[t * size_ + i] + recent_[t * size_ + i];
+    return total;
+  }
+
+  void add_to(float* out) const {
+    for (int64_t i = 0; i < size_; ++i) out[i] += total(i);
+  }
+
+ private:
+  int64_t size_;
+  int threads_;
+  std::vector<float> recent_, totals_;
+};
+
+inline void add_to(float* p, vec v) { store(p, load(p) + v); }
+
+// ---- LayerNorm ------------------------------------------------------------
+
+struct Moments {
+  float mean, rstd;
+};
+
+template <typename X>
+Moments moments(const X* x, int64_t channels, float eps) {
+  vec total{};
+  for (int64_t c = 0; c < channels; c += WIDTH) total += load(x + c);
+  const float mean = sum(total) / channels;
+  vec squares{};
+  for (int64_t c = 0; c < channels; c += WIDTH) {
+    const vec centred = load(x + c) - mean;
+    squares += centred * centred;
+  }
+  return {mean, 1 / std::sqrt(sum(squares) / channels + eps)};
+}
+
+template <typename X, typename T>
+void layer_norm(const X* x, const float* weight, const float* bias, float eps,
+                T* out, float* sums, int64_t images, int64_t tokens,
+                int64_t channels, int threads) {
+  Sums totals(sums ? images * channels : 0, threads);
+  in_parts(images * tokens, threads, [&](int64_t t, int64_t last, int64_t i) {
+    for (; t < last; ++t) {
+      const X* in = x + t * channels;
+      const Moments m = moments(in, channels, eps);
+      float* total = totals.recent(i) + t / tokens * channels;
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        const vec normed = (load(in + c) - m.mean) * m.rstd * load(weight + c) +
+                           load(bias + c);
+        store(out + t * channels + c, normed);
+        if (sums) add_to(total + c, normed);
+      }
+      if (t % BLOCK == 0) totals.collect(i);
+    }
+  });
+  if (sums) totals.add_to(sums);
+}
+
+template <typename X, typename T>
+void layer_norm_backward(const X* x, const T* grad, const float* mean_grad,
+                         const X* shortcut, const float* weight, float eps,
+                         X* out, float* weight_grad, float* bias_grad,
+                         int64_t images, int64_t tokens, int64_t channels,
+                         int threads) {
+  Sums totals(2 * channels, threads);
+  in_parts(images * tokens, threads, [&](int64_t t, int64_t last, int64_t i) {
+    float* total = totals.recent(i);
+    std::vector<float> line(channels);
+    for (; t < last; ++t) {
+      const X* in = x + t * channels;
+      const float* mean =
+          mean_grad ? mean_grad + t / tokens * channels : nullptr;
+      const Moments m = moments(in, channels, eps);
+      vec sum_grad{}, sum_product{};
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        vec g = load(grad + t * channels + c);
+        if (mean) g += load(mean + c);
+        const vec normed = (load(in + c) - m.mean) * m.rstd;
+        add_to(total + c, g * normed);
+        add_to(total + channels + c, g);
+        g *= load(weight + c);
+        store(&line[c], g);
+        sum_grad += g;
+        sum_product += g * normed;
+      }
+      const float a = sum(sum_grad) / channels, b = sum(sum_product) / channels;
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        const vec normed = (load(in + c) - m.mean) * m.rstd;
+        store(out + t * channels + c,
+              load(shortcut + t * channels + c) +
+                  (load(&line[c]) - a - normed * b) * m.rstd);
+      }
+      if (t % BLOCK == 0) totals.collect(i);
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    weight_grad[c] += totals.total(c);
+    bias_grad[c] += totals.total(channels + c);
+  }
+}
+
+// ---- residual connection --------------------------------------------------
+
+template <typename X, typename T>
+void residual(const X* x, const T* branch, const float* gate, bool clamp,
+              const float* scale, X* out, int64_t images, int64_t tokens,
+              int64_t channels, int threads) {
+  in_parts(images * tokens, threads, [&](int64_t t, int64_t last, int64_t) {
+    for (; t < last; ++t) {
+      const int64_t image = t / tokens;
+      const float factor = scale ? scale[image] : 1;
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        const int64_t at = t * channels + c;
+        vec v = load(branch + at);
+        if (clamp) v = magnitude_clamp(v);
+        if (gate) v += v * load(gate + image * channels + c);
+        if (clamp) v = magnitude_clamp(v);
+        store(out + at, load(x + at) + v * factor);
+      }
+    }
+  });
+}
+
+template <typename X, typename T>
+void residual_backward(const X* grad, const T* branch, const float* gate,
+                       bool clamp, const float* scale, T* out,
+                       float* gate_grad, float* bias_grad, int64_t images,
+                       int64_t tokens, int64_t channels, int threads) {
+  Sums gate_sums(images * channels, threads), bias_sums(channels, threads);
+  in_parts(images * tokens, threads, [&](int64_t t, int64_t last, int64_t i) {
+    for (; t < last; ++t) {
+      const int64_t image = t / tokens;
+      const float factor = scale ? scale[image] : 1;
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        const int64_t at = t * channels + c;
+        const vec raw = load(branch + at);
+        const vec open = load(gate + image * channels + c) + 1.0f;
+        vec clamped = raw;
+        vec g = load(grad + at) * factor;
+        if (clamp) {
+          clamped = magnitude_clamp(raw);
+          g = is_inside(clamped * open) ? g : vec{};
+        }
+        add_to(gate_sums.recent(i) + image * channels + c, g * clamped);
+        g *= open;
+        if (clamp) g = is_inside(raw) ? g : vec{};
+        add_to(bias_sums.recent(i) + c, g);
+        store(out + at, g);
+      }
+      if (t % BLOCK == 0) {
+        gate_sums.collect(i);
+        bias_sums.collect(i);
+      }
+    }
+  });
+  gate_sums.add_to(gate_grad);
+  bias_sums.add_to(bias_grad);
+}
+
+// ---- depthwise convolution and GELU -----------------------------------------
+
+// A window of rows, (b, m + 2 - 2 * padding, w, D), of which a 3x3 convolution
+// computes m rows. Horizontally, the padding is 1.
+template <typename T>
+struct Window {
+  const T* data;
+  int64_t image_stride;
+  int64_t rows, width, channels, padding;
+
+  // Pixel (0, c) of the row above row i of the output, of that row, or of the
+  // row below it; null for rows of zeros.
+  const T* row(int64_t image, int64_t i, int64_t tap, int64_t c) const {
+    const int64_t y = i + tap - padding;
+    if (y < 0 || y >= rows + 2 - 2 * padding) return nullptr;
+    return data + image * image_stride + y * width * channels + c;
+  }
+};
+
+// Columns x - 1 to x + TILE of a row, 16 channels each; zero outside.
+template <bool EDGE, typename T>
+inline void columns(const T* row, int64_t x, int64_t width, int64_t channels,
+                    vec (&out)[TILE + 2]) {
+  for (int j = 0; j < TILE + 2; ++j) {
+    const int64_t at = x - 1 + j;
+    out[j] = EDGE && (at < 0 || at >= width) ? vec{} : load(row + at * channels);
+  }
+}
+
+template <bool EDGE, typename T>
+inline void convolve(const T* const (&rows)[3], int64_t x, int64_t width,
+                     int64_t channels, const float* weight, const float* bias,
+                     vec (&out)[TILE]) {
+  for (int i = 0; i < TILE; ++i) out[i] = load(bias);
+  for (int tap = 0; tap < 3; ++tap) {
+    if (!rows[tap]) continue;
+    vec column[TILE + 2];
+    columns<EDGE>(rows[tap], x, width, channels, column);
+    vec w[3];
+    for (int k = 0; k < 3; ++k) w[k] = load(weight + (3 * tap + k) * channels);
+    for (int i = 0; i < TILE; ++i)
+      out[i] += column[i] * w[0] + column[i + 1] * w[1] + column[i + 2] * w[2];
+  }
+}
+
+// Computes TILE columns of a row, from column x on. `out` is pixel x of the
+// output.
+template <bool EDGE, typename T>
+void depthwise_gelu_tile(const Window<T>& in, int64_t image, int64_t row, int64_t x,
+                    const float* weight, const float* bias, T* out) {
+  const int64_t count = std::min<int64_t>(TILE, in.width - x);
+  for (int64_t c = 0; c < in.channels; c += WIDTH) {
+    const T* const rows[] = {in.row(image, row, 0, c), in.row(image, row, 1, c),
+                             in.row(image, row, 2, c)};
+    vec mixed[TILE];
+    convolve<EDGE>(rows, x, in.width, in.channels, weight + c,
+                   bias + c, mixed);
+    for (int i = 0; i < (EDGE ? count : TILE); ++i)
+      store(out + i * in.channels + c, mixed[i] * normal_cdf(mixed[i]));
+  }
+}
+
+// Calls tile(is_edge, image, row, x, at, thread) for all tiles, and finish(thread)
+// after each row. `at` is the index of the first output.
+template <typename T, typename Tile, typename Finish>
+void over_tiles(const Window<T>& in, int64_t images, int threads, Tile&& tile,
+                Finish&& finish) {
+  in_parts(images * in.rows, threads,
+           [&](int64_t i, int64_t last, int64_t thread) {
+    for (; i < last; ++i) {
+      for (int64_t x = 0; x < in.width; x += TILE)
+        tile(x == 0 || x + TILE >= in.width, i / in.rows, i % in.rows, x,
+             (i * in.width + x) * in.channels, thread);
+      finish(thread);
+    }
+  });
+}
+
+template <typename T>
+void depthwise_gelu(const Window<T>& in, const float* weight,
+                    const float* bias, T* out, int64_t images, int threads) {
+  over_tiles(
+      in, images, threads,
+      [&](bool edge, int64_t image, int64_t row, int64_t x, int64_t at,
+          int64_t) {
+        (edge ? depthwise_gelu_tile<true, T> : depthwise_gelu_tile<false, T>)(
+            in, image, row, x, weight, bias, out + at);
+      },
+      [](int64_t) {});
+}
+
+// `sums` are the gradients of the weight, (9, D), followed by those of the
+// bias, (D).
+template <bool EDGE, typename T>
+void depthwise_gelu_backward_tile(const Window<T>& in, int64_t image, int64_t row,
+                             int64_t x, const float* weight, const float* bias,
+                             const T* grad, T* active, T* mixed_grad,
+                             float* sums) {
+  const int64_t channels = in.channels;
+  const int64_t count = std::min<int64_t>(TILE, in.width - x);
+  for (int64_t c = 0; c < channels; c += WIDTH) {
+    const T* const rows[] = {in.row(image, row, 0, c), in.row(image, row, 1, c),
+                             in.row(image, row, 2, c)};
+    vec mixed[TILE], g[TILE];
+    convolve<EDGE>(rows, x, in.width, channels, weight + c, bias + c, mixed);
+    vec total{};
+    for (int i = 0; i < TILE; ++i) {
+      if (EDGE && i >= count) {
+        g[i] = vec{};
+        continue;
+      }
+      const int64_t at = i * channels + c;
+      const vec v = mixed[i], cdf = normal_cdf(v);
+      // The density of the normal distribution, exp(-v^2 / 2) / sqrt(2 pi)
+      const vec density = exponential(v * v * -0.5f) * 0.398942280f;
+      store(active + at, v * cdf);
+      g[i] = load(grad + at) * (cdf + v * density);
+      store(mixed_grad + at, g[i]);
+      total += g[i];
+    }
+    add_to(sums + 9 * channels + c, total);
+    for (int tap = 0; tap < 3; ++tap) {
+      if (!rows[tap]) continue;
+      vec column[TILE + 2];
+      columns<EDGE>(rows[tap], x, in.width, channels, column);
+      for (int k = 0; k < 3; ++k) {
+        vec product{};
+        for (int i = 0; i < TILE; ++i) product += column[i + k] * g[i];
+        add_to(sums + (3 * tap + k) * channels + c, product);
+      }
+    }
+  }
+}
+
+template <typename T>
+void depthwise_gelu_backward(const Window<T>& in, const float* weight,
+                        const float* bias, const T* grad, T* active,
+                        T* mixed_grad, float* sums, int64_t images,
+                        int threads) {
+  Sums totals(10 * in.channels, threads);
+  over_tiles(
+      in, images, threads,
+      [&](bool edge, int64_t image, int64_t row, int64_t x, int64_t at,
+          int64_t thread) {
+        (edge ? depthwise_gelu_backward_tile<true, T>
+              : depthwise_gelu_backward_tile<false, T>)(
+            in, image, row, x, weight, bias, grad + at, active + at,
+            mixed_grad + at, totals.recent(thread));
+      },
+      [&](int64_t thread) { totals.collect(thread); });
+  totals.add_to(sums);
+}
+
+// ---- attention ----------------------------------------------------------------
+
+// Computes C (rows, cols) = A (rows, depth) @ B (depth, cols), or adds the
+// product to C. Element (i, k) of A is a[i * a_row + k * a_col]. `rows` is a
+// multiple of ROWS, and `cols` of COLS * WIDTH.
+template <int COLS>
+void product(const float* a, int64_t a_row, int64_t a_col, const float* b,
+             int64_t b_row, float* c, int64_t c_row, int64_t rows,
+             int64_t cols, int64_t depth, bool add) {
+  for (int64_t i = 0; i < rows; i += ROWS) {
+    for (int64_t j = 0; j < cols; j += COLS * WIDTH) {
+      vec total[ROWS][COLS];
+      for (int r = 0; r < ROWS; ++r)
+        for (int s = 0; s < COLS; ++s)
+          total[r][s] = vec{};
+      for (int64_t k = 0; k < depth; ++k) {
+        vec line[COLS];
+        for (int s = 0; s < COLS; ++s)
+          line[s] = load(b + k * b_row + j + s * WIDTH);
+        for (int r = 0; r < ROWS; ++r) {
+          const float value = a[(i + r) * a_row + k * a_col];
+          for (int s = 0; s < COLS; ++s) total[r][s] += line[s] * value;
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        for (int s = 0; s < COLS; ++s) {
+          float* out = c + (i + r) * c_row + j + s * WIDTH;
+          store(out, add ? load(out) + total[r][s] : total[r][s]);
+        }
+      }
+    }
+  }
+}
+
+void multiply(const float* a, int64_t a_row, int64_t a_col, const float* b,
+              int64_t b_row, float* c, int64_t c_row, int64_t rows,
+              int64_t cols, int64_t depth, bool add = false) {
+  if (cols % (3 * WIDTH) == 0)
+    product<3>(a, a_row, a_col, b, b_row, c, c_row, rows, cols, depth, add);
+  else if (cols % (2 * WIDTH) == 0)
+    product<2>(a, a_row, a_col, b, b_row, c, c_row, rows, cols, depth, add);
+  else
+    product<1>(a, a_row, a_col, b, b_row, c, c_row, rows, cols, depth, add);
+}
+
+// Sizes of the attention of a strip.
+struct Heads {
+  int64_t images, tokens, heads, n, d;
+
+  // Channels of a head and of its features, each block filled up with zeros to
+  // whole vectors.
+  int64_t padded() const { return (d + WIDTH - 1) / WIDTH * WIDTH; }
+  int64_t wide() const { return n * padded(); }
+  int64_t wide_index(int64_t row) const { return row / d * padded() + row % d; }
+  int64_t chunks() const { return (tokens + CHUNK - 1) / CHUNK; }
+  int64_t count(int64_t chunk) const {
+    return std::min<int64_t>(CHUNK, tokens - chunk * CHUNK);
+  }
+};
+
+// Features of up to CHUNK tokens of a head, (CHUNK, wide): channel i of block j
+// is relu(t[i]) * factors[j]. Missing tokens get zeros. If `weights`, (wide), is
+// given, `dots`, (CHUNK), are the products of the features with the weights.
+template <typename T>
+void features(const T* tokens, int64_t stride, const float* factors,
+              int64_t count, const Heads& at, const float* weights, float* out,
+              float* dots) {
+  const int64_t n = at.n, padded = at.padded(), wide = at.wide();
+  for (int64_t t = 0; t < count; ++t) {
+    vec dot{};
+    for (int64_t i = 0; i < at.d; i += WIDTH) {
+      const vec v = relu(load_part(tokens + t * stride + i, at.d - i));
+      for (int64_t j = 0; j < n; ++j) {
+        const vec feature = v * factors[t * n + j];
+        store(out + t * wide + j * padded + i, feature);
+        if (weights) dot += feature * load(weights + j * padded + i);
+      }
+    }
+    if (weights) dots[t] = sum(dot);
+  }
+  std::fill(out + count * wide, out + CHUNK * wide, 0.0f);
+  if (weights) std::fill(dots + count, dots + CHUNK, 0.0f);
+}
+
+// Gradient of the tokens, from that of their features: the sum over the n
+// blocks, where the token is positive.
+template <typename T>
+void fold(const float* grads, const float* factors, const T* tokens,
+          int64_t stride, int64_t count, const Heads& at, T* out) {
+  const int64_t n = at.n, padded = at.padded(), wide = at.wide();
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t i = 0; i < at.d; i += WIDTH) {
+      vec total{};
+      for (int64_t j = 0; j < n; ++j)
+        total += load(grads + t * wide + j * padded + i) * factors[t * n + j];
+      const vec token = load_part(tokens + t * stride + i, at.d - i);
+      store_part(out + t * stride + i, token > 0 ? total : vec{}, at.d - i);
+    }
+  }
+}
+
+// Copies up to CHUNK tokens to float32, (CHUNK, padded). Missing tokens get
+// zeros.
+template <typename T>
+void gather(const T* tokens, int64_t stride, int64_t count, const Heads& at,
+            float* out) {
+  const int64_t padded = at.padded();
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t i = 0; i < at.d; i += WIDTH)
+      store(out + t * padded + i,
+            load_part(tokens + t * stride + i, at.d - i));
+  std::fill(out + count * padded, out + CHUNK * padded, 0.0f);
+}
+
+// The sums of one head, (n * d, d + 1): a matrix (wide, padded), its transpose,
+// and the last column, (wide), all filled up with zeros.
+struct Matrix {
+  std::vector<float> values, transposed, column;
+
+  Matrix(const float* sums, const Heads& at)
+      : values(at.wide() * at.padded()),
+        transposed(values.size()),
+        column(at.wide()) {
+    for (int64_t row = 0; row < at.n * at.d; ++row) {
+      const int64_t i = at.wide_index(row);
+      for (int64_t j = 0; j < at.d; ++j)
+        values[i * at.padded() + j] = transposed[j * at.wide() + i] =
+            sums[row * (at.d + 1) + j];
+      column[i] = sums[row * (at.d + 1) + at.d];
+    }
+  }
+};
+
+std::vector<Matrix> matrices(const float* sums, const Heads& at) {
+  std::vector<Matrix> all;
+  for (int64_t i = 0; i < at.images * at.heads; ++i)
+    all.emplace_back(sums + i * at.n * at.d * (at.d + 1), at);
+  return all;
+}
+
+// Sums of products of each head: a matrix (wide, padded) and a column (wide).
+class ProductSums {
+ public:
+  ProductSums(const Heads& at, int threads)
+      : at_(at),
+        size_(at.wide() * (at.padded() + 1)),
+        totals_(at.images * at.heads * size_, threads) {}
+
+  // Adds features^T (CHUNK, wide) @ values (CHUNK, padded), and to the column
+  // the sum of the features, each times its weight if there are any.
+  void add(int64_t thread, int64_t head, const float* features,
+           const float* values, const float* weights) {
+    const int64_t wide = at_.wide(), padded = at_.padded();
+    float* total = totals_.recent(thread) + head * size_;
+    multiply(features, 1, wide, values, padded, total, padded, wide, padded,
+             CHUNK, true);
+    for (int64_t i = 0; i < wide; i += WIDTH) {
+      vec column{};
+      for (int64_t t = 0; t < CHUNK; ++t) {
+        const vec v = load(features + t * wide + i);
+        column += weights ? v * weights[t] : v;
+      }
+      add_to(total + wide * padded + i, column);
+    }
+  }
+
+  // Adds to sums of shape (b, heads, n * d, d + 1).
+  void add_to_sums(float* sums) const {
+    const int64_t wide = at_.wide(), padded = at_.padded(), d = at_.d;
+    for (int64_t head = 0; head < at_.images * at_.heads; ++head) {
+      for (int64_t row = 0; row < at_.n * d; ++row) {
+        const int64_t i = at_.wide_index(row);
+        for (int64_t j = 0; j <= d; ++j)
+          *sums++ += totals_.total(
+              head * size_ + (j < d ? i * padded + j : wide * padded + i));
+      }
+    }
+  }
+
+ private:
+  Heads at_;
+  int64_t size_;
+  Sums totals_;
+};
+
+// Calls work(head, chunk, thread): heads of all images, parts of the tokens.
+// All heads of a chunk are computed by the same thread.
+template <typename Work>
+void over_chunks(const Heads& at, int threads, Work&& work) {
+  const int64_t items = at.images * at.chunks();
+  in_parts(items, threads, [&](int64_t i, int64_t last, int64_t thread) {
+    for (; i < last; ++i)
+      for (int64_t head = 0; head < at.heads; ++head)
+        work(i / at.chunks() * at.heads + head, i % at.chunks(), thread);
+  });
+}
+
+// First channel of a chunk of tokens of a head.
+template <typename T>
+T* of_chunk(T* data, int64_t stride, const Heads& at, int64_t head,
+            int64_t chunk) {
+  return data + (head / at.heads * at.tokens + chunk * CHUNK) * stride +
+         head % at.heads * at.d;
+}
+
+template <typename T>
+void sum_products(const T* keys, const T* values, int64_t stride,
+                  const float* factors, float* sums, const Heads& at,
+                  int threads) {
+  ProductSums totals(at, threads);
+  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t thread) {
+    std::vector<float> wide(CHUNK * at.wide()), narrow(CHUNK * at.padded());
+    features(of_chunk(keys, stride, at, head, chunk), stride,
+             factors + chunk * CHUNK * at.n, at.count(chunk), at, nullptr,
+             wide.data(), nullptr);
+    gather(of_chunk(values, stride, at, head, chunk), stride, at.count(chunk),
+           at, narrow.data());
+    totals.add(thread, head, wide.data(), narrow.data(), nullptr);
+  });
+  totals.add_to_sums(sums);
+}
+
+template <typename X, typename T>
+void attend(const X* queries, int64_t stride, const float* factors,
+            const float* sums, bool clamp, float eps, T* out, const Heads& at,
+            int threads) {
+  const std::vector<Matrix> all = matrices(sums, at);
+  const int64_t reduced = at.heads * at.d, padded = at.padded();
+  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t) {
+    const Matrix& matrix = all[head];
+    const int64_t count = at.count(chunk);
+    std::vector<float> wide(CHUNK * at.wide()), top(CHUNK * padded);
+    float weight[CHUNK];
+    features(of_chunk(queries, stride, at, head, chunk), stride,
+             factors + chunk * CHUNK * at.n, count, at, matrix.column.data(),
+             wide.data(), weight);
+    multiply(wide.data(), at.wide(), 1, matrix.values.data(), padded,
+             top.data(), padded, CHUNK, padded, at.wide());
+    T* merged = of_chunk(out, reduced, at, head, chunk);
+    for (int64_t t = 0; t < count; ++t) {
+      vec factor = fill(1 / (weight[t] + eps));
+      if (clamp) factor = clip(factor);
+      for (int64_t i = 0; i < at.d; i += WIDTH) {
+        vec v = load(&top[t * padded + i]);
+        v = clamp ? magnitude_clamp(magnitude_clamp(v) * factor) : v * factor;
+        store_part(merged + t * reduced + i, v, at.d - i);
+      }
+    }
+  });
+}
+
+// Gradients of `attend`: those of the queries and of the sums. Also computes
+// the output again.
+template <typename T>
+void attend_backward(const T* queries, int64_t stride, const float* factors,
+                     const float* sums, bool clamp, float eps, const T* grad,
+                     T* out, T* query_grad, float* sums_grad, const Heads& at,
+                     int threads) {
+  const std::vector<Matrix> all = matrices(sums, at);
+  const int64_t reduced = at.heads * at.d, padded = at.padded();
+  const int64_t size = at.wide();
+  ProductSums totals(at, threads);
+  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t thread) {
+    const Matrix& matrix = all[head];
+    const int64_t count = at.count(chunk);
+    const T* tokens = of_chunk(queries, stride, at, head, chunk);
+    const float* factor = factors + chunk * CHUNK * at.n;
+    std::vector<float> wide(CHUNK * size), wide_grad(CHUNK * size),
+        top(CHUNK * padded), top_grad(CHUNK * padded);
+    float weight[CHUNK], weight_grad[CHUNK] = {};
+    features(tokens, stride, factor, count, at, matrix.column.data(),
+             wide.data(), weight);
+    multiply(wide.data(), size, 1, matrix.values.data(), padded, top.data(),
+             padded, CHUNK, padded, size);
+    const T* in = of_chunk(grad, reduced, at, head, chunk);
+    T* merged = of_chunk(out, reduced, at, head, chunk);
+    for (int64_t t = 0; t < count; ++t) {
+      const float inverse = 1 / (weight[t] + eps);
+      vec clipped = fill(inverse);
+      if (clamp) clipped = clip(clipped);
+      vec dot{};
+      for (int64_t i = 0; i < at.d; i += WIDTH) {
+        const vec raw = load(&top[t * padded + i]);
+        vec g = load_part(in + t * reduced + i, at.d - i);
+        const vec clamped = clamp ? magnitude_clamp(raw) : raw;
+        const vec quotient = clamped * clipped;
+        if (clamp) g = is_inside(quotient) ? g : vec{};
+        store_part(merged + t * reduced + i,
+                   clamp ? magnitude_clamp(quotient) : quotient, at.d - i);
+        dot += g * clamped;
+        g *= clipped;
+        if (clamp) g = is_inside(raw) ? g : vec{};
+        store(&top_grad[t * padded + i], g);
+      }
+      const bool passes = !clamp || is_inside(fill(inverse))[0];
+      weight_grad[t] = passes ? -sum(dot) * inverse * inverse : 0;
+    }
+    totals.add(thread, head, wide.data(), top_grad.data(), weight_grad);
+    multiply(top_grad.data(), padded, 1, matrix.transposed.data(), size,
+             wide_grad.data(), size, CHUNK, size, padded);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t i = 0; i < size; i += WIDTH)
+        add_to(&wide_grad[t * size + i],
+               load(&matrix.column[i]) * weight_grad[t]);
+    fold(wide_grad.data(), factor, tokens, stride, count, at,
+         of_chunk(query_grad, stride, at, head, chunk));
+  });
+  totals.add_to_sums(sums_grad);
+}
+
+// Gradients of `sum_products`: those of the keys and of the values.
+template <typename T>
+void sum_products_backward(const T* keys, const T* values, int64_t stride,
+                           const float* factors, const float* sums_grad,
+                           T* key_grad, T* value_grad, const Heads& at,
+                           int threads) {
+  const std::vector<Matrix> all = matrices(sums_grad, at);
+  const int64_t padded = at.padded(), size = at.wide();
+  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t) {
+    const Matrix& matrix = all[head];
+    const int64_t count = at.count(chunk);
+    const T* tokens = of_chunk(keys, stride, at, head, chunk);
+    const float* factor = factors + chunk * CHUNK * at.n;
+    std::vector<float> wide(CHUNK * size), narrow(CHUNK * padded);
+    gather(of_chunk(values, stride, at, head, chunk), stride, count, at,
+           narrow.data());
+    multiply(narrow.data(), padded, 1, matrix.transposed.data(), size,
+             wide.data(), size, CHUNK, size, padded);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t i = 0; i < size; i += WIDTH)
+        add_to(&wide[t * size + i], load(&matrix.column[i]));
+    fold(wide.data(), factor, tokens, stride, count, at,
+         of_chunk(key_grad, stride, at, head, chunk));
+    features(tokens, stride, factor, count, at, nullptr, wide.data(), nullptr);
+    multiply(wide.data(), size, 1, matrix.values.data(), padded, narrow.data(),
+             padded, CHUNK, padded, size);
+    T* out = of_chunk(value_grad, stride, at, head, chunk);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t i = 0; i < at.d; i += WIDTH)
+        store_part(out + t * stride + i, load(&narrow[t * padded + i]),
+                   at.d - i);
+  });
+}
+
+}  // namespace
+
+// ---- functions that Python calls ------------------------------------------------
+//
+// Inputs and outputs of type void are float32 or bfloat16: the tokens and the
+// queries by x_half, all other activations by half.
+
+namespace {
+
+template <typename Work>
+void with_type(bool half, Work&& work) {
+  half ? work(bfloat16{}) : work(0.0f);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Numbers of channels must be multiples of this, those of a head of 8.
+int mmvvt_vector_width() { return WIDTH; }
+
+// x, out: (b, p, C). weight, bias: (C). sums: (b, C), which the sums of the
+// normalised tokens are added to, or null.
+void mmvvt_layer_norm(const void* x, bool x_half, const float* weight,
+                      const float* bias, float eps, void* out, bool half,
+                      float* sums, int64_t images, int64_t tokens,
+                      int64_t channels, int threads) {
+  with_type(x_half, [&](auto x_type) {
+    with_type(half, [&](auto type) {
+      using X = decltype(x_type);
+      using T = decltype(type);
+      layer_norm((const X*)x, weight, bias, eps, (T*)out, sums, images, tokens,
+                 channels, threads);
+    });
+  });
+}
+
+// x, shortcut, out: (b, p, C). grad: (b, p, C), the gradient of the output of
+// the LayerNorm; mean_grad: (b, C), added to the gradient of each token, or
+// null. out = shortcut + gradient of x. weight, weight_grad, bias_grad: (C).
+void mmvvt_layer_norm_backward(const void* x, bool x_half, const void* grad,
+                               bool half, const float* mean_grad,
+                               const void* shortcut, const float* weight,
+                               float eps, void* out, float* weight_grad,
+                               float* bias_grad, int64_t images,
+                               int64_t tokens, int64_t channels, int threads) {
+  with_type(x_half, [&](auto x_type) {
+    with_type(half, [&](auto type) {
+      using X = decltype(x_type);
+      using T = decltype(type);
+      layer_norm_backward((const X*)x, (const T*)grad, mean_grad,
+                          (const X*)shortcut, weight, eps, (X*)out,
+                          weight_grad, bias_grad, images, tokens, channels,
+                          threads);
+    });
+  });
+}
+
+// x, branch, out: (b, p, C). gate: (b, C) or null. scale: (b) or null.
+void mmvvt_residual(const void* x, bool x_half, const void* branch, bool half,
+                    const float* gate, bool clamp, const float* scale,
+                    void* out, int64_t images, int64_t tokens,
+                    int64_t channels, int threads) {
+  with_type(x_half, [&](auto x_type) {
+    with_type(half, [&](auto type) {
+      using X = decltype(x_type);
+      using T = decltype(type);
+      residual((const X*)x, (const T*)branch, gate, clamp, scale, (X*)out,
+               images, tokens, channels, threads);
+    });
+  });
+}
+
+// grad, branch, out: (b, p, C). gate, gate_grad: (b, C). bias_grad: (C).
+void mmvvt_residual_backward(const void* grad, bool x_half, const void* branch,
+                             bool half, const float* gate, bool clamp,
+                             const float* scale, void* out, float* gate_grad,
+                             float* bias_grad, int64_t images, int64_t tokens,
+                             int64_t channels, int threads) {
+  with_type(x_half, [&](auto x_type) {
+    with_type(half, [&](auto type) {
+      using X = decltype(x_type);
+      using T = decltype(type);
+      residual_backward((const X*)grad, (const T*)branch, gate, clamp, scale,
+                        (T*)out, gate_grad, bias_grad, images, tokens,
+                        channels, threads);
+    });
+  });
+}
+
+// in: (b, m + 2 - 2 * padding, w, D), images image_stride apart. weight: (9, D).
+// bias: (D). out: (b, m, w, D).
+void mmvvt_depthwise_gelu(const void* in, bool half, int64_t image_stride,
+                          const float* weight, const float* bias, void* out,
+                          int64_t images, int64_t rows, int64_t width,
+                          int64_t channels, int64_t padding, int threads) {
+  with_type(half, [&](auto type) {
+    using T = decltype(type);
+    const Window<T> window{(const T*)in, image_stride, rows,
+                           width,        channels,     padding};
+    depthwise_gelu(window, weight, bias, (T*)out, images, threads);
+  });
+}
+
+// in, weight, bias: see mmvvt_depthwise_gelu. grad, active, mixed_grad: (b, m, w, D),
+// the gradient of the output of the GELU, this output, and the gradient of
+// its input. sums: (10, D), see depthwise_gelu_backward_tile; they are added to.
+void mmvvt_depthwise_gelu_backward(const void* in, bool half, int64_t image_stride,
+                              const float* weight, const float* bias,
+                              const void* grad, void* active, void* mixed_grad,
+                              float* sums, int64_t images, int64_t rows,
+                              int64_t width, int64_t channels, int64_t padding,
+                              int threads) {
+  with_type(half, [&](auto type) {
+    using T = decltype(type);
+    const Window<T> window{(const T*)in, image_stride, rows,
+                           width,        channels,     padding};
+    depthwise_gelu_backward(window, weight, bias, (const T*)grad, (T*)active,
+                       (T*)mixed_grad, sums, images, threads);
+  });
+}
+
+// keys, values: (b, p, heads * d), tokens stride apart. factors: (p, n).
+// sums: (b, heads, n * d, d + 1), which the products are added to.
+void mmvvt_sum_products(const void* keys, const void* values, bool half,
+                        int64_t stride, const float* factors, float* sums,
+                        int64_t images, int64_t tokens, int64_t heads,
+                        int64_t n, int64_t d, int threads) {
+  with_type(half, [&](auto type) {
+    using T = decltype(type);
+    sum_products((const T*)keys, (const T*)values, stride, factors, sums,
+                 Heads{images, tokens, heads, n, d}, threads);
+  });
+}
+
+// key_grad, value_grad: like keys and values. sums_grad: like sums.
+void mmvvt_sum_products_backward(const void* keys, const void* values,
+                                 bool half, int64_t stride,
+                                 const float* factors, const float* sums_grad,
+                                 void* key_grad, void* value_grad,
+                                 int64_t images, int64_t tokens, int64_t heads,
+                                 int64_t n, int64_t d, int threads) {
+  with_type(half, [&](auto type) {
+    using T = decltype(type);
+    sum_products_backward((const T*)keys, (const T*)values, stride, factors,
+                          sums_grad, (T*)key_grad, (T*)value_grad,
+                          Heads{images, tokens, heads, n, d}, threads);
+  });
+}
+
+// queries: (b, p, heads * d), tokens stride apart. factors: (p, n). sums:
+// (b, heads, n * d, d + 1), after the clamp. out: (b, p, heads * d).
+void mmvvt_attend(const void* queries, bool x_half, int64_t stride,
+                  const float* factors, const float* sums, bool clamp,
+                  float eps, void* out, bool half, int64_t images,
+                  int64_t tokens, int64_t heads, int64_t n, int64_t d,
+                  int threads) {
+  with_type(x_half, [&](auto x_type) {
+    with_type(half, [&](auto type) {
+      using X = decltype(x_type);
+      using T = decltype(type);
+      attend((const X*)queries, stride, factors, sums, clamp, eps, (T*)out,
+             Heads{images, tokens, heads, n, d}, threads);
+    });
+  });
+}
+
+// grad, out: (b, p, heads * d). query_grad: like queries. sums_grad: like
+// sums; it is added to.
+void mmvvt_attend_backward(const void* queries, bool half, int64_t stride,
+                           const float* factors, const float* sums, bool clamp,
+                           float eps, const void* grad, void* out,
+                           void* query_grad, float* sums_grad, int64_t images,
+                           int64_t tokens, int64_t heads, int64_t n, int64_t d,
+                           int threads) {
+  with_type(half, [&](auto type) {
+    using T = decltype(type);
+    attend_backward((const T*)queries, stride, factors, sums, clamp, eps,
+                    (const T*)grad, (T*)out, (T*)query_grad, sums_grad,
+                    Heads{images, tokens, heads, n, d}, threads);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,180 @@
+"""Compile the kernels for this processor and load them.
+
+The kernels are compiled the first time that a block runs in strips, which
+takes a few seconds, and kept in the cache folder of the user. Without GCC, or
+if compiling fails, the strips use PyTorch operations.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+SOURCE = Path(__file__).with_name('kernels.cpp')
+FLAGS = (
+    '-std=c++17',
+    '-O3',
+    '-march=native',
+    '-ffp-contract=fast',
+    '-fno-math-errno',
+    '-fno-trapping-math',
+    '-fopenmp',
+    '-fPIC',
+)
+# Set it to 0 to use PyTorch operations only.
+SWITCH = 'MMVVT_NATIVE'
+TIMEOUT = 120  # seconds
+
+_lock = threading.Lock()
+_loaded: Optional[Tuple[Optional[ctypes.CDLL], str]] = None
+
+
+class NativeError(RuntimeError):
+    """The kernels cannot be compiled or loaded."""
+
+
+def _openmp_runtime() -> str:
+    """Path of the OpenMP library that PyTorch uses.
+
+    A second OpenMP library would start threads of its own, and the threads of
+    the two would wait for each other.
+    """
+    try:
+        maps = Path('/proc/self/maps').read_text()
+    except OSError as error:
+        raise NativeError('the kernels require Linux') from error
+    paths = {
+        line.split(maxsplit=5)[5]
+        for line in maps.splitlines()
+        if '/libgomp' in line
+    }
+    if len(paths) != 1:
+        raise NativeError(
+            'PyTorch must use one libgomp, found '
+            + (', '.join(sorted(paths)) or 'none')
+        )
+    return paths.pop()
+
+
+def _compiler() -> List[str]:
+    command = shlex.split(os.environ.get('CXX') or 'g++')
+    if shutil.which(command[0]) is None:
+        raise NativeError(f'{command[0]} was not found')
+    return command
+
+
+def _run(command: List[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeError(f'{command[0]} did not run: {error}') from error
+    if done.returncode != 0:
+        raise NativeError(
+            f'{shlex.join(command)} failed: {done.stderr.strip()[:2000]}'
+        )
+    return done.stdout
+
+
+def _processor() -> str:
+    """Instruction sets of the processor: the cache may be on a shared disk."""
+    for line in Path('/proc/cpuinfo').read_text().splitlines():
+        if line.startswith(('flags', 'Features')):
+            return line
+    return ''
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return Path(base, 'mmvvt', 'native')
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user can have written a file."""
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _build(target: Path, compiler: List[str], openmp: str) -> None:
+    """Compile to a temporary file first: other processes may do the same."""
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix='.so')
+    os.close(handle)
+    try:
+        _run(
+            [*compiler, *FLAGS, '-c', str(SOURCE), '-o', name + '.o'],
+        )
+        # libgomp by its path: -fopenmp would link the library of GCC.
+        _run([*compiler, '-shared', name + '.o', openmp, '-o', name])
+        os.chmod(name, 0o700)
+        os.replace(name, target)
+    finally:
+        for path in (name, name + '.o'):
+            if os.path.exists(path):
+                os.remove(path)
+
+
+def _compile() -> ctypes.CDLL:
+    compiler, openmp = _compiler(), _openmp_runtime()
+    version = _run([*compiler, '--version'])
+    key = '\n'.join(
+        [
+            SOURCE.read_text(encoding='utf-8'),
+            *FLAGS,
+            version,
+            openmp,
+            platform.machine(),
+            _processor(),
+        ]
+    )
+    name = f'kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so'
+    try:
+        folder = _cache_folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target = folder / name
+        if not (target.exists() and _is_private(target)):
+            _build(target, compiler, openmp)
+        return ctypes.CDLL(str(target))
+    except OSError:
+        # The folder is read-only or full, or the file is damaged.
+        with tempfile.TemporaryDirectory() as temporary:
+            target = Path(temporary, name)
+            _build(target, compiler, openmp)
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError as error:
+                raise NativeError(
+                    f'{name} cannot be loaded: {error}'
+                ) from error
+
+
+def load() -> Tuple[Optional[ctypes.CDLL], str]:
+    """Load the compiled kernels; compile them if necessary.
+
+    Set the environment variable ``MMVVT_NATIVE=0`` to use PyTorch operations
+    only. ``CXX`` is the compiler, which must be GCC 9 or later; 'g++' by
+    default.
+
+    Returns:
+        tuple[CDLL or None, str]: The library and '', or None and the reason.
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            logger = logging.getLogger(__name__)
+            try:
+                if os.environ.get(SWITCH) == '0':
+                    raise NativeError(f'{SWITCH} is 0')
+                _loaded = _compile(), ''
+            except NativeError as error:
+                _loaded = None, str(error)
+                logger.info('strips use PyTorch operations: %s', error)
+        return _loaded

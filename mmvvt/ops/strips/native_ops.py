@@ -1,0 +1,400 @@
+"""Operations of the strips as compiled kernels.
+
+The kernels are in ``mmvvt/ops/native/kernels.cpp``. They compute chains of
+operations in one pass over the memory, in float32.
+"""
+
+import ctypes
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..autograd import has_modes
+from ..native import load
+from .common import GradSums
+from .torch_ops import TorchOps
+
+# Dtypes of tensors that the kernels read and write.
+DTYPES = (torch.float32, torch.bfloat16)
+
+# Arguments of the kernels: pointer, flag, float, 64-bit and 32-bit integer.
+_TYPES = dict(
+    p=ctypes.c_void_p,
+    b=ctypes.c_bool,
+    f=ctypes.c_float,
+    i=ctypes.c_int64,
+    n=ctypes.c_int,
+)
+_SIGNATURES = dict(
+    mmvvt_layer_norm='pbppfpbpiiin',
+    mmvvt_layer_norm_backward='pbpbpppfpppiiin',
+    mmvvt_residual='pbpbpbppiiin',
+    mmvvt_residual_backward='pbpbpbppppiiin',
+    mmvvt_depthwise_gelu='pbipppiiiiin',
+    mmvvt_depthwise_gelu_backward='pbippppppiiiiin',
+    mmvvt_sum_products='ppbippiiiiin',
+    mmvvt_sum_products_backward='ppbippppiiiiin',
+    mmvvt_attend='pbippbfpbiiiiin',
+    mmvvt_attend_backward='pbippbfppppiiiiin',
+)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a kernel; tensors are passed as pointers to their memory."""
+    library: Any = load()[0]
+    function = getattr(library, name)
+    if function.argtypes is None:
+        function.restype = None
+        function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
+    function(
+        *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments),
+        torch.get_num_threads(),
+    )
+
+
+def _is_half(t: Tensor) -> bool:
+    return t.dtype is torch.bfloat16
+
+
+def _floats(t: Tensor) -> Tensor:
+    return t.to(torch.float32).contiguous()
+
+
+def _factors(factors: Optional[Tensor], tokens: int) -> Tensor:
+    """Factors ``(p, n)``; without a locality, there is one factor of 1."""
+    return torch.ones(tokens, 1) if factors is None else factors
+
+
+class NativeOps(TorchOps):
+    """Operations on strips; :class:`TorchOps` describes the methods.
+
+    The depthwise convolution without GELU is inherited: oneDNN is as fast.
+    """
+
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        sums: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, Any]:
+        out = self.workspace.take('normed', x, *x.shape, dtype=dtype)
+        images, rows, width, channels = x.shape
+        _call(
+            'mmvvt_layer_norm',
+            x,
+            _is_half(x),
+            _floats(weight),
+            _floats(bias),
+            eps,
+            out,
+            _is_half(out),
+            sums,
+            images,
+            rows * width,
+            channels,
+        )
+        return out, None
+
+    def layer_norm_backward(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        mean_grad: Optional[Tensor],
+        shortcut: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        statistics: Any,
+        out: Tensor,
+        grads: GradSums,
+    ) -> None:
+        images, rows, width, channels = x.shape
+        weight_grad, bias_grad = torch.zeros(2, channels)
+        _call(
+            'mmvvt_layer_norm_backward',
+            x,
+            _is_half(x),
+            grad,
+            _is_half(grad),
+            mean_grad,
+            shortcut,
+            _floats(weight),
+            eps,
+            out,
+            weight_grad,
+            bias_grad,
+            images,
+            rows * width,
+            channels,
+        )
+        grads.add('norm_weight', weight_grad)
+        grads.add('norm_bias', bias_grad)
+
+    def residual(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        gate: Optional[Tensor],
+        clamp: bool,
+        scale: Optional[Tensor],
+        out: Tensor,
+    ) -> None:
+        images, rows, width, channels = x.shape
+        _call(
+            'mmvvt_residual',
+            x,
+            _is_half(x),
+            branch,
+            _is_half(branch),
+            gate,
+            clamp,
+            scale,
+            out,
+            images,
+            rows * width,
+            channels,
+        )
+
+    def residual_backward(
+        self,
+        grad: Tensor,
+        branch: Tensor,
+        gate: Tensor,
+        clamp: bool,
+        scale: Optional[Tensor],
+        gate_grad: Tensor,
+    ) -> Tuple[Tensor, Tensor]:
+        images, rows, width, channels = grad.shape
+        out = self.workspace.take('branch_grad', branch, *branch.shape)
+        bias_grad = torch.zeros(channels)
+        _call(
+            'mmvvt_residual_backward',
+            grad,
+            _is_half(grad),
+            branch,
+            _is_half(branch),
+            gate,
+            clamp,
+            scale,
+            out,
+            gate_grad,
+            bias_grad,
+            images,
+            rows * width,
+            channels,
+        )
+        return out, bias_grad
+
+    def depthwise_gelu(
+        self, window: Tensor, weight: Tensor, bias: Tensor, padding: int
+    ) -> Tensor:
+        images, rows, width, channels = window.shape
+        rows += 2 * padding - 2
+        out = self.workspace.take(
+            'active', window, images, rows, width, channels
+        )
+        _call(
+            'mmvvt_depthwise_gelu',
+            window,
+            _is_half(window),
+            window.stride(0),
+            # (D, 1, 3, 3) -> (D, 9) -> (9, D)
+            _floats(weight.flatten(1).t()),
+            _floats(bias),
+            out,
+            images,
+            rows,
+            width,
+            channels,
+            padding,
+        )
+        return out
+
+    def depthwise_gelu_backward(
+        self,
+        window: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        padding: int,
+        grad: Tensor,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        images, rows, width, channels = grad.shape
+        active = self.workspace.take('active', grad, *grad.shape)
+        mixed_grad = self.workspace.take('mixed_grad', grad, *grad.shape)
+        sums = torch.zeros(10, channels)
+        _call(
+            'mmvvt_depthwise_gelu_backward',
+            window,
+            _is_half(window),
+            window.stride(0),
+            # (D, 1, 3, 3) -> (D, 9) -> (9, D)
+            _floats(weight.flatten(1).t()),
+            _floats(bias),
+            grad,
+            active,
+            mixed_grad,
+            sums,
+            images,
+            rows,
+            width,
+            channels,
+            padding,
+        )
+        # (9, D) -> (D, 9) -> (D, 1, 3, 3)
+        weight_grad = sums[:9].t().reshape(channels, 1, 3, 3)
+        return active, mixed_grad, weight_grad, sums[9]
+
+    def sum_products(
+        self,
+        qkv: Tensor,
+        factors: Optional[Tensor],
+        num_heads: int,
+        sums: Tensor,
+    ) -> None:
+        images, rows, width, channels = qkv.shape
+        factors = _factors(factors, rows * width)
+        _, k, v = qkv.chunk(3, dim=-1)
+        _call(
+            'mmvvt_sum_products',
+            k,
+            v,
+            _is_half(qkv),
+            qkv.stride(2),
+            factors,
+            sums,
+            images,
+            rows * width,
+            num_heads,
+            factors.shape[1],
+            channels // 3 // num_heads,
+        )
+
+    def sum_products_backward(
+        self,
+        qkv: Tensor,
+        factors: Optional[Tensor],
+        num_heads: int,
+        sums_grad: Tensor,
+        out: Tensor,
+    ) -> None:
+        images, rows, width, channels = qkv.shape
+        factors = _factors(factors, rows * width)
+        _, k, v = qkv.chunk(3, dim=-1)
+        _, k_out, v_out = out.chunk(3, dim=-1)
+        _call(
+            'mmvvt_sum_products_backward',
+            k,
+            v,
+            _is_half(qkv),
+            qkv.stride(2),
+            factors,
+            sums_grad,
+            k_out,
+            v_out,
+            images,
+            rows * width,
+            num_heads,
+            factors.shape[1],
+            channels // 3 // num_heads,
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        factors: Optional[Tensor],
+        sums: Tensor,
+        clamp: bool,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        images, rows, width, channels = q.shape
+        factors = _factors(factors, rows * width)
+        merged = self.workspace.take('merged', q, *q.shape, dtype=dtype)
+        _call(
+            'mmvvt_attend',
+            q,
+            _is_half(q),
+            q.stride(2),
+            factors,
+            sums,
+            clamp,
+            eps,
+            merged,
+            _is_half(merged),
+            images,
+            rows * width,
+            sums.shape[1],
+            factors.shape[1],
+            channels // sums.shape[1],
+        )
+        return merged
+
+    def attend_backward(
+        self,
+        q: Tensor,
+        factors: Optional[Tensor],
+        sums: Tensor,
+        clamp: bool,
+        eps: float,
+        grad: Tensor,
+        q_grad: Tensor,
+        sums_grad: Tensor,
+    ) -> Tensor:
+        images, rows, width, channels = q.shape
+        factors = _factors(factors, rows * width)
+        merged = self.workspace.take('merged', q, *q.shape)
+        _call(
+            'mmvvt_attend_backward',
+            q,
+            _is_half(q),
+            q.stride(2),
+            factors,
+            sums,
+            clamp,
+            eps,
+            grad,
+            merged,
+            q_grad,
+            sums_grad,
+            images,
+            rows * width,
+            sums.shape[1],
+            factors.shape[1],
+            channels // sums.shape[1],
+        )
+        return merged
+
+
+def select_ops(
+    x: Tensor, dtype: torch.dtype, channels: int, head_dims: int = 8
+) -> TorchOps:
+    """Select the implementation of the operations on strips.
+
+    Args:
+        x (Tensor): Tokens ``(B, h, w, C)`` on a CPU.
+        dtype (torch.dtype): Dtype in which the strips are computed.
+        channels (int): Number of channels of the widest activation.
+        head_dims (int): Number of channels of a head. Defaults to 8.
+
+    Returns:
+        TorchOps: NativeOps for float32 and bfloat16, if the numbers
+        of channels are multiples of a vector of the processor, those of a
+        head are multiples of 8, no mode observes the operations, and the
+        kernels could be compiled.
+    """
+    if (
+        dtype in DTYPES
+        and x.dtype in DTYPES
+        and head_dims % 8 == 0
+        and not has_modes()
+    ):
+        library, _ = load()
+        if library is not None:
+            width = library.mmvvt_vector_width()
+            if x.shape[-1] % width == channels % width == 0:
+                return NativeOps()
+    return TorchOps()
