@@ -12,6 +12,7 @@ from mmvvt.models import strips
 from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES
 from mmvvt.ops.strips import MLPWeights, common, mlp, mlp_branch
+from mmvvt.ops.strips.torch_ops import TorchOps
 
 from conftest import relative_error
 
@@ -238,13 +239,13 @@ def test_autocast_converts_weights_once(monkeypatch):
     """The strips convert no weights, and autocast is off inside them."""
     seen = []
 
-    def depthwise(window, weight, *args):
-        seen.append((weight.data_ptr(), torch.is_autocast_enabled('cpu')))
-        assert window.dtype == weight.dtype == torch.bfloat16
-        return original(window, weight, *args)
+    class Ops(TorchOps):
+        def depthwise(self, window, weight, *args):
+            seen.append((weight.data_ptr(), torch.is_autocast_enabled('cpu')))
+            assert window.dtype == weight.dtype == torch.bfloat16
+            return super().depthwise(window, weight, *args)
 
-    original = mlp._depthwise
-    monkeypatch.setattr(mlp, '_depthwise', depthwise)
+    monkeypatch.setattr(mlp, 'select_ops', lambda *_: Ops())
     monkeypatch.setattr(common, 'STRIP_NUMBERS', 1)
     monkeypatch.setattr(common, 'has_products', lambda dtype: True)
     block = build_block(torch.float32)

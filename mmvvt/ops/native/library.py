@@ -98,10 +98,25 @@ def _cache_folder() -> Path:
     return Path(base, 'mmvvt', 'native')
 
 
-def _is_private(path: Path) -> bool:
-    """Whether only this user can have written a file."""
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether only this user can have written a file, and it is complete.
+
+    Loading an incomplete library ends the process. The file ends with the
+    digest of what precedes it, which the linker does not read.
+    """
+    if not path.exists():
+        return False
     status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+    content = path.read_bytes()
+    return (
+        status.st_uid == os.getuid()
+        and not status.st_mode & 0o022
+        and content[-32:] == _digest(content[:-32])
+    )
 
 
 def _build(target: Path, compiler: List[str], openmp: str) -> None:
@@ -109,11 +124,11 @@ def _build(target: Path, compiler: List[str], openmp: str) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, suffix='.so')
     os.close(handle)
     try:
-        _run(
-            [*compiler, *FLAGS, '-c', str(SOURCE), '-o', name + '.o'],
-        )
+        _run([*compiler, *FLAGS, '-c', str(SOURCE), '-o', name + '.o'])
         # libgomp by its path: -fopenmp would link the library of GCC.
         _run([*compiler, '-shared', name + '.o', openmp, '-o', name])
+        with open(name, 'ab') as file:
+            file.write(_digest(Path(name).read_bytes()))
         os.chmod(name, 0o700)
         os.replace(name, target)
     finally:
@@ -140,7 +155,7 @@ def _compile() -> ctypes.CDLL:
         folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         target = folder / name
-        if not (target.exists() and _is_private(target)):
+        if not _is_intact(target):
             _build(target, compiler, openmp)
         return ctypes.CDLL(str(target))
     except OSError:

@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd import is_transformed
+from ..autograd import has_modes, is_transformed
+from ..native import load
 
 # Maximum number of elements of the widest activation of a strip, 12 MiB in
 # float32. With smaller strips, the overhead of launching each operation
 # exceeds the gain from better cache use.
 STRIP_NUMBERS = 4096 * 768
 # Batches whose widest activation has no more elements than this, 4 MiB in
-# float32, are faster layer by layer.
+# float32, are faster layer by layer; with the kernels, a sixteenth of this.
 LEAST_NUMBERS = 1 << 20
+# Dtypes of tensors that the kernels read and write.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def has_products(dtype: torch.dtype) -> bool:
@@ -74,6 +77,39 @@ def _token_dtypes() -> Tuple[torch.dtype, ...]:
     return torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
+def has_kernels(x: Tensor, dtype: torch.dtype, channels: int) -> bool:
+    """Check whether the compiled kernels can be used, see mmvvt.ops.native.
+
+    Args:
+        x (Tensor): Tokens ``(..., C)`` on a CPU.
+        dtype (torch.dtype): Dtype in which the strips are computed.
+        channels (int): Number of channels of the widest activation.
+
+    Returns:
+        bool: True for float32 and bfloat16, if the numbers of channels are
+        multiples of a vector of the processor, no mode observes the
+        operations, and the kernels could be compiled.
+    """
+    if (
+        dtype not in KERNEL_DTYPES
+        or x.dtype not in KERNEL_DTYPES
+        or has_modes()
+    ):
+        return False
+    library, _ = load()
+    if library is None:
+        return False
+    width = library.mmvvt_vector_width()
+    return x.shape[-1] % width == channels % width == 0
+
+
+def _least_numbers(x: Tensor, channels: int) -> int:
+    """Number of elements above which strips are faster than the layers."""
+    if has_kernels(x, dtype_of_strips(x), channels):
+        return LEAST_NUMBERS // 16
+    return LEAST_NUMBERS
+
+
 def runs_in_strips(x: Tensor, channels: int) -> bool:
     """Check whether a branch should be computed in strips.
 
@@ -97,8 +133,8 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
         and x.dtype in _token_dtypes()
         and type(x) in (Tensor, torch.nn.Parameter)
         and (
-            len(x) * x.shape[1] * channels > LEAST_NUMBERS
-            or not has_products(_dtype_of_layers(x))
+            not has_products(_dtype_of_layers(x))
+            or len(x) * x.shape[1] * channels > _least_numbers(x, channels)
         )
     )
 

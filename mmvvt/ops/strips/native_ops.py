@@ -10,13 +10,9 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..autograd import has_modes
 from ..native import load
-from .common import GradSums
+from .common import GradSums, has_kernels
 from .torch_ops import TorchOps
-
-# Dtypes of tensors that the kernels read and write.
-DTYPES = (torch.float32, torch.bfloat16)
 
 # Arguments of the kernels: pointer, flag, float, 64-bit and 32-bit integer.
 _TYPES = dict(
@@ -381,20 +377,9 @@ def select_ops(
         head_dims (int): Number of channels of a head. Defaults to 8.
 
     Returns:
-        TorchOps: NativeOps for float32 and bfloat16, if the numbers
-        of channels are multiples of a vector of the processor, those of a
-        head are multiples of 8, no mode observes the operations, and the
-        kernels could be compiled.
+        TorchOps: NativeOps if :func:`~.common.has_kernels` is True and
+        ``head_dims`` is a multiple of 8.
     """
-    if (
-        dtype in DTYPES
-        and x.dtype in DTYPES
-        and head_dims % 8 == 0
-        and not has_modes()
-    ):
-        library, _ = load()
-        if library is not None:
-            width = library.mmvvt_vector_width()
-            if x.shape[-1] % width == channels % width == 0:
-                return NativeOps()
+    if head_dims % 8 == 0 and has_kernels(x, dtype, channels):
+        return NativeOps()
     return TorchOps()
