@@ -120,11 +120,12 @@ def test_the_wheel_is_whole(wheels):
     for name, content in files.items():
         assert content == (ROOT / name).read_bytes(), name
     with zipfile.ZipFile(wheels['direct']) as file:
-        modules = {n for n in file.namelist() if n.endswith('.py')}
+        modules = {n for n in file.namelist() if n.endswith(('.py', '.cpp'))}
         script = file.getinfo('mmvvt/.mim/tools/dist_train.sh')
     assert {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / 'mmvvt').rglob('*.py')
+        for suffix in ('py', 'cpp')
+        for path in (ROOT / 'mmvvt').rglob(f'*.{suffix}')
     } <= modules
     assert script.external_attr >> 16 & 0o100  # executable
 

@@ -485,10 +485,10 @@ print('loaded', load()[0] is not None, '|', load()[1])
 """
 
 
-def run_script(tmp_path, **environment):
+def run_script(tmp_path, script=SCRIPT, **environment):
     """Run a block in a new process with a cache of its own."""
     done = subprocess.run(
-        [sys.executable, '-c', SCRIPT],
+        [sys.executable, '-c', script],
         capture_output=True,
         text=True,
         timeout=300,
@@ -516,6 +516,19 @@ def test_compiled_once(tmp_path):
     assert not before.st_mode & 0o077
     assert run_script(tmp_path) == ('True | ', '')
     assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@needs_kernels
+def test_second_openmp_library(tmp_path):
+    """scikit-learn has a libgomp of its own; that of PyTorch is used."""
+    script = 'import sklearn.svm\n' + SCRIPT
+    assert run_script(tmp_path, script)[0] == 'True | '
+    needed = subprocess.run(
+        ['readelf', '-d', str(cached(tmp_path)[0])],
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert os.path.basename(library._openmp_runtime()) in needed
 
 
 @needs_kernels

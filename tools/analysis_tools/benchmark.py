@@ -50,6 +50,7 @@ from mmvvt.analysis.engines import (
 from mmvvt.apis import keep_freed_memory
 from mmvvt.cli import run
 from mmvvt.errors import UserError
+from mmvvt.ops.native import load
 
 STEPS = dict(forward=forward, train_step=train_step)
 # Relative error of float32 feature maps after up to 36 blocks.
@@ -329,6 +330,12 @@ def main():
     sizes = [parse_size(text) for text in args.sizes]
     models = [build(name) for name in args.models]
     print(machine_line())
+    if not torch.cuda.is_available():
+        reason = load()[1]
+        print(
+            'strips use '
+            + (f'PyTorch operations: {reason}' if reason else 'the kernels')
+        )
     if not args.profile:
         print(
             f'{args.dtype}, {args.runs} interleaved runs per model; images '

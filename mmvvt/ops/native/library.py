@@ -18,6 +18,8 @@ import threading
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+import torch
+
 SOURCE = Path(__file__).with_name('kernels.cpp')
 FLAGS = (
     '-std=c++17',
@@ -56,12 +58,15 @@ def _openmp_runtime() -> str:
         for line in maps.splitlines()
         if '/libgomp' in line
     }
-    if len(paths) != 1:
+    # Other packages, such as scikit-learn, contain a libgomp of their own.
+    of_torch = str(Path(torch.__file__).parent)
+    found = {path for path in paths if path.startswith(of_torch)} or paths
+    if len(found) != 1:
         raise NativeError(
             'PyTorch must use one libgomp, found '
-            + (', '.join(sorted(paths)) or 'none')
+            + (', '.join(sorted(found)) or 'none')
         )
-    return paths.pop()
+    return found.pop()
 
 
 def _compiler() -> List[str]:
