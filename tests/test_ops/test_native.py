@@ -17,7 +17,7 @@ from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES
 from mmvvt.ops.angles import NUM_FACTORS
 from mmvvt.ops.native import library, load
-from mmvvt.ops.strips import attention, common, mlp
+from mmvvt.ops.strips import attention, common, mlp, native_ops
 from mmvvt.ops.strips.attention import _factors
 from mmvvt.ops.strips.common import GradSums
 from mmvvt.ops.strips.native_ops import NativeOps, select_ops
@@ -450,6 +450,50 @@ def test_selection():
         assert kind(**options) is TorchOps, options
     with SomeMode():
         assert kind() is TorchOps  # it would not see the kernels
+
+
+@needs_kernels
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    'method',
+    [
+        'layer_norm',
+        'layer_norm_backward',
+        'residual',
+        'residual_backward',
+        'depthwise_gelu',
+        'depthwise_gelu_backward',
+        'sum_products',
+        'sum_products_backward',
+        'attend',
+        'attend_backward',
+    ],
+)
+def test_wrong_kernels_are_not_used(method, dtype, monkeypatch):
+    """Another compiler could make a mistake: it is found at the first use."""
+    native_ops._is_right.cache_clear()
+    state = torch.get_rng_state()
+    assert kind(dtype) is NativeOps
+    assert torch.equal(torch.get_rng_state(), state)
+    kernel = getattr(NativeOps, method)
+
+    def wrong(self, first, *arguments):
+        return kernel(self, first.flip(-1), *arguments)
+
+    messages = []
+    monkeypatch.setattr(
+        native_ops.logger,
+        'warning',
+        lambda text, *values: messages.append(text % values),
+    )
+    monkeypatch.setattr(NativeOps, method, wrong)
+    native_ops._is_right.cache_clear()
+    try:
+        assert kind(dtype) is kind(dtype) is TorchOps
+    finally:
+        native_ops._is_right.cache_clear()
+    (message,) = messages  # once, not at each call
+    assert f'not used in {dtype}' in message
 
 
 @needs_kernels

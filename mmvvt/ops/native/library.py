@@ -189,7 +189,7 @@ def load() -> Tuple[Optional[ctypes.CDLL], str]:
     global _loaded
     with _lock:
         if _loaded is None:
-            logger = logging.getLogger(__name__)
+            logger = logging.getLogger('mmvvt')
             try:
                 if os.environ.get(SWITCH) == '0':
                     raise NativeError(f'{SWITCH} is 0')

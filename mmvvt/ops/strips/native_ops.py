@@ -5,14 +5,19 @@ operations in one pass over the memory, in float32.
 """
 
 import ctypes
-from typing import Any, Optional, Tuple
+import functools
+import logging
+import math
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from ..native import load
-from .common import GradSums, has_kernels
+from .common import GradSums, has_kernels, sum_dtype
 from .torch_ops import TorchOps
+
+logger = logging.getLogger('mmvvt')
 
 # Arguments of the kernels: pointer, flag, float, 64-bit and 32-bit integer.
 _TYPES = dict(
@@ -365,6 +370,76 @@ class NativeOps(TorchOps):
         return merged
 
 
+def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
+    """Run all operations on a small problem without random numbers."""
+    sums_of = sum_dtype(dtype)
+
+    def numbers(seed: int, *shape: int, dtype=dtype) -> Tensor:
+        index = torch.arange(math.prod(shape), dtype=torch.float64)
+        # Rounded to bfloat16, so that all dtypes contain the same numbers.
+        values = torch.sin(index * (seed + 1.1)).bfloat16()
+        return values.to(dtype).view(shape)
+
+    x, weight, bias = numbers(1, 1, 3, 5, 48), *numbers(2, 2, 48)
+    norm = (weight.to(sums_of), bias.to(sums_of), 1e-6)
+    normed, statistics = ops.layer_norm(x, *norm, dtype)
+    grads, x_grad = GradSums(), torch.zeros_like(x)
+    ops.layer_norm_backward(
+        x, numbers(3, *x.shape), None, x, *norm, statistics, x_grad, grads
+    )
+    conv = (numbers(4, 48, 1, 3, 3), bias, 1)
+    active = ops.depthwise_gelu(x, *conv).clone()
+    conv_grads = ops.depthwise_gelu_backward(x, *conv, numbers(5, *x.shape))
+
+    # Two heads of 24 channels, two factors per token
+    qkv, factors = numbers(6, 1, 3, 5, 144), numbers(7, 15, 2).abs()
+    factors = factors.to(sums_of)
+    sums = torch.zeros(1, 2, 48, 25, dtype=sums_of)
+    ops.sum_products(qkv, factors, 2, sums)
+    attend = (qkv[..., :48], factors, sums, True, 1e-4)
+    merged = ops.attend(*attend, dtype).clone()
+    qkv_grad, sums_grad = torch.zeros_like(qkv), torch.zeros_like(sums)
+    ops.attend_backward(
+        *attend, numbers(8, *x.shape), qkv_grad[..., :48], sums_grad
+    )
+    ops.sum_products_backward(qkv, factors, 2, sums_grad, qkv_grad)
+
+    gate, gate_grad = numbers(9, 1, 48).to(sums_of), torch.zeros(1, 48)
+    gate_grad = gate_grad.to(sums_of)
+    gated = (gate, True, None)
+    out = torch.zeros_like(x)
+    branch_grads = ops.residual_backward(x, merged, *gated, gate_grad)
+    ops.residual(x, merged.clone(), *gated, out)
+    return [
+        *(normed, x_grad, *grads.of(('norm_weight', 'norm_bias')), active),
+        *(*conv_grads, sums, merged, qkv_grad, sums_grad),
+        *(gate_grad, *branch_grads, out),
+    ]
+
+
+@functools.lru_cache(maxsize=None)
+def _is_right(dtype: torch.dtype) -> bool:
+    """Compare the kernels with PyTorch operations in float64, once.
+
+    The kernels are compiled by a compiler that was never tested with them.
+    """
+    bound = 1e-4 if dtype is torch.float32 else 0.05
+    with torch.no_grad():
+        ours = _results(NativeOps(), dtype)
+        expected = _results(TorchOps(), torch.float64)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, expected)]
+    if all(error < bound for error in errors):
+        return True
+    logger.warning(
+        'the compiled kernels are not used in %s, because their results '
+        'differ from those of PyTorch (relative errors %s); please report '
+        'this with the version of g++',
+        dtype,
+        ', '.join(f'{error:.1e}' for error in errors),
+    )
+    return False
+
+
 def select_ops(
     x: Tensor, dtype: torch.dtype, channels: int, head_dims: int = 8
 ) -> TorchOps:
@@ -377,9 +452,14 @@ def select_ops(
         head_dims (int): Number of channels of a head. Defaults to 8.
 
     Returns:
-        TorchOps: NativeOps if :func:`~.common.has_kernels` is True and
-        ``head_dims`` is a multiple of 8.
+        TorchOps: NativeOps if :func:`~.common.has_kernels` is True,
+        ``head_dims`` is a multiple of 8, and the kernels gave the right
+        results for a small problem.
     """
-    if head_dims % 8 == 0 and has_kernels(x, dtype, channels):
+    if (
+        head_dims % 8 == 0
+        and has_kernels(x, dtype, channels)
+        and _is_right(dtype)
+    ):
         return NativeOps()
     return TorchOps()
