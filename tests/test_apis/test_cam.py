@@ -76,7 +76,11 @@ def predictor_of(checkpoints):
 
     def build(task, size=None, score_thr=0.3):
         if (task, size, score_thr) not in known:
-            options = {SCALE: size} if size else {}
+            # A rounding error moves some element across a bound of the clamps
+            # now and then, and its gradient becomes zero or not.
+            options = {'model.backbone.attn_cfg': dict(clamp=False)}
+            if size:
+                options[SCALE] = size
             known[task, size, score_thr] = Predictor(
                 read_config(CONFIGS[task], options),
                 checkpoints[task],
@@ -183,7 +187,7 @@ def test_classifier(predictor_of, image, options, layer, size, monkeypatch):
         assert (found.label, found.name) == (label, str(label))
         assert found.score == pytest.approx(score, abs=1e-4)
         assert found.heat.shape == size
-        np.testing.assert_allclose(found.heat, heat, atol=2e-4)
+        np.testing.assert_allclose(found.heat, heat, atol=2e-5)
     # With random weights, some classes have maps that are zero.
     first, second, *_ = (m.heat for m in result.maps if m.heat.any())
     assert first.max() > 0.99 and np.abs(first - second).max() > 0.1
