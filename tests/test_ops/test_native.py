@@ -405,6 +405,26 @@ def test_same_result_twice(monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize('locality', LOCALITIES)
+def test_default_dtype_and_device(locality, monkeypatch):
+    """Kernels write float32, also where new tensors are something else."""
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    block = build_block(locality=locality)
+    x, cotangent = torch.randn(2, 2, 35, 48)
+    expected = run(block, x, (7, 5), cotangent)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    native_ops._is_right.cache_clear()
+    try:
+        with torch.device('meta'):
+            result = run(block, x, (7, 5), cotangent)
+    finally:
+        torch.set_default_dtype(default)
+    for name, want in expected.items():
+        assert torch.equal(result[name], want), name
+
+
+@needs_kernels
 def test_number_of_threads(monkeypatch):
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
     block = build_block()

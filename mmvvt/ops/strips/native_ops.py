@@ -62,9 +62,14 @@ def _floats(t: Tensor) -> Tensor:
     return t.to(torch.float32).contiguous()
 
 
+def _zeros(*shape: int) -> Tensor:
+    """Memory that a kernel adds to, whatever the default dtype and device."""
+    return torch.zeros(shape, dtype=torch.float32, device='cpu')
+
+
 def _factors(factors: Optional[Tensor], tokens: int) -> Tensor:
     """Factors ``(p, n)``; without a locality, there is one factor of 1."""
-    return torch.ones(tokens, 1) if factors is None else factors
+    return _zeros(tokens, 1) + 1 if factors is None else factors
 
 
 class NativeOps(TorchOps):
@@ -114,7 +119,7 @@ class NativeOps(TorchOps):
         grads: GradSums,
     ) -> None:
         images, rows, width, channels = x.shape
-        weight_grad, bias_grad = torch.zeros(2, channels)
+        weight_grad, bias_grad = _zeros(2, channels)
         _call(
             'mmvvt_layer_norm_backward',
             x,
@@ -171,7 +176,7 @@ class NativeOps(TorchOps):
     ) -> Tuple[Tensor, Tensor]:
         images, rows, width, channels = grad.shape
         out = self.workspace.take('branch_grad', branch, *branch.shape)
-        bias_grad = torch.zeros(channels)
+        bias_grad = _zeros(channels)
         _call(
             'mmvvt_residual_backward',
             grad,
@@ -226,7 +231,7 @@ class NativeOps(TorchOps):
         images, rows, width, channels = grad.shape
         active = self.workspace.take('active', grad, *grad.shape)
         mixed_grad = self.workspace.take('mixed_grad', grad, *grad.shape)
-        sums = torch.zeros(10, channels)
+        sums = _zeros(10, channels)
         _call(
             'mmvvt_depthwise_gelu_backward',
             window,
@@ -375,7 +380,9 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     sums_of = sum_dtype(dtype)
 
     def numbers(seed: int, *shape: int, dtype=dtype) -> Tensor:
-        index = torch.arange(math.prod(shape), dtype=torch.float64)
+        index = torch.arange(
+            math.prod(shape), dtype=torch.float64, device='cpu'
+        )
         # Rounded to bfloat16, so that all dtypes contain the same numbers.
         values = torch.sin(index * (seed + 1.1)).bfloat16()
         return values.to(dtype).view(shape)
@@ -394,7 +401,7 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     # Two heads of 24 channels, two factors per token
     qkv, factors = numbers(6, 1, 3, 5, 144), numbers(7, 15, 2).abs()
     factors = factors.to(sums_of)
-    sums = torch.zeros(1, 2, 48, 25, dtype=sums_of)
+    sums = x.new_zeros(1, 2, 48, 25, dtype=sums_of)
     ops.sum_products(qkv, factors, 2, sums)
     attend = (qkv[..., :48], factors, sums, True, 1e-4)
     merged = ops.attend(*attend, dtype).clone()
@@ -404,8 +411,8 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     )
     ops.sum_products_backward(qkv, factors, 2, sums_grad, qkv_grad)
 
-    gate, gate_grad = numbers(9, 1, 48).to(sums_of), torch.zeros(1, 48)
-    gate_grad = gate_grad.to(sums_of)
+    gate = numbers(9, 1, 48).to(sums_of)
+    gate_grad = torch.zeros_like(gate)
     gated = (gate, True, None)
     out = torch.zeros_like(x)
     branch_grads = ops.residual_backward(x, merged, *gated, gate_grad)
