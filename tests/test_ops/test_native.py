@@ -18,8 +18,7 @@ from mmvvt.ops import LOCALITIES
 from mmvvt.ops.angles import NUM_FACTORS
 from mmvvt.ops.native import library, load
 from mmvvt.ops.strips import attention, common, mlp, native_ops
-from mmvvt.ops.strips.attention import _factors
-from mmvvt.ops.strips.common import GradSums
+from mmvvt.ops.strips.common import GradSums, Window
 from mmvvt.ops.strips.native_ops import NativeOps, select_ops
 from mmvvt.ops.strips.torch_ops import TorchOps
 
@@ -48,6 +47,8 @@ def both(method, *arguments, **keywords):
     """Call a method of the kernels, and that of PyTorch in float64."""
 
     def double(t):
+        if isinstance(t, Window):
+            return Window(*map(double, t))
         is_float = isinstance(t, torch.Tensor) and t.is_floating_point()
         if t in DTYPES if isinstance(t, torch.dtype) else False:
             return torch.float64
@@ -59,6 +60,15 @@ def both(method, *arguments, **keywords):
             *map(double, arguments),
             **{name: double(value) for name, value in keywords.items()},
         ),
+    )
+
+
+def both_factors(rows, grid, locality):
+    """Factors for the kernels, and for PyTorch in float64."""
+    cpu = torch.device('cpu')
+    return (
+        NativeOps().factors(rows, grid, locality, torch.float32, cpu),
+        TorchOps().factors(rows, grid, locality, torch.float64, cpu),
     )
 
 
@@ -178,20 +188,37 @@ def test_residual(dtype, tokens, gated, scaled):
 @needs_kernels
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('width', [1, 2, 3, 4, 5, 8, 9, 13])
-@pytest.mark.parametrize('padding', [0, 1])
+@pytest.mark.parametrize(
+    'top,bottom,strip_rows',
+    [
+        (1, 1, 6),
+        (1, 1, 1),
+        (1, 0, 6),
+        (1, 0, 2),
+        (0, 0, 6),
+        (0, 1, 6),
+        (0, 1, 1),
+    ],
+)
 @pytest.mark.parametrize('channels', [16, 48])
-def test_depthwise_gelu(dtype, width, padding, channels):
-    rows = 6
-    # A view with rows that are not part of the window, see RowWindow.
-    memory = images(2, rows + 5, width, channels, dtype=dtype, std=2)
-    window = memory[:, 1 : 1 + rows + 2 - 2 * padding]
+def test_depthwise_gelu(dtype, width, top, bottom, strip_rows, channels):
+    window = Window(
+        None if top else images(2, 2, width, channels, dtype=dtype, std=2),
+        images(2, strip_rows, width, channels, dtype=dtype, std=2),
+        bool(top),
+        bool(bottom),
+    )
     weight = images(channels, 1, 3, 3, dtype=dtype)
     bias = images(channels, dtype=dtype)
-    arguments = (window, weight, bias, padding)
+    arguments = (window, weight, bias)
     ours, expected = both('depthwise_gelu', *arguments)
-    assert ours.dtype == dtype
+    assert ours.dtype == dtype and ours.shape == window.shape
     assert_close(ours, expected, dtype)
-    grad = images(2, rows, width, channels, dtype=dtype)
+    for values in (bias, None):
+        ours, expected = both('depthwise', window, weight, values)
+        assert ours.dtype == dtype
+        assert_close(ours, expected, dtype)
+    grad = images(*window.shape, dtype=dtype)
     ours, expected = both('depthwise_gelu_backward', *arguments, grad)
     names = ('output', 'input', 'weight', 'bias')
     for name, a, b in zip(names, ours, expected):
@@ -212,7 +239,7 @@ def test_gelu_everywhere():
     window = points.view(1, 1, -1, 16)
     weight = torch.zeros(16, 1, 3, 3)
     weight[:, :, 1, 1] = 1
-    arguments = (window, weight, torch.zeros(16), 1)
+    arguments = (Window(None, window, True, True), weight, torch.zeros(16))
     ours = NativeOps().depthwise_gelu(*arguments)
     x = window.double().requires_grad_()
     expected = nn.functional.gelu(x)
@@ -237,7 +264,8 @@ def test_infinite_and_missing_numbers(dtype):
     ours, expected = both('layer_norm', x, weight, bias, 1e-6, dtype)
     assert torch.equal(ours[0].isfinite(), expected[0].isfinite())
     kernel = images(16, 1, 3, 3, dtype=dtype).abs()
-    ours, expected = both('depthwise_gelu', x, kernel, bias.to(dtype), 1)
+    window = Window(None, x, True, True)
+    ours, expected = both('depthwise_gelu', window, kernel, bias.to(dtype))
     assert torch.equal(ours.isnan(), expected.isnan())
     assert torch.equal(ours.isinf(), expected.isinf())
     out, want = torch.empty_like(x), torch.empty(x.shape, dtype=torch.float64)
@@ -247,10 +275,13 @@ def test_infinite_and_missing_numbers(dtype):
     )
     assert torch.equal(out.isfinite(), want.isfinite())
     qkv = x.repeat(1, 1, 1, 3)
-    sums, want = torch.zeros(1, 2, 8, 9), torch.zeros(1, 2, 8, 9).double()
-    NativeOps().sum_products(qkv, None, 2, sums)
-    TorchOps().sum_products(qkv.double(), None, 2, want)
-    assert torch.equal(sums.isfinite(), want.isfinite())
+    for locality, n in NUM_FACTORS.items():
+        sums = torch.zeros(1, 2, n * 8, 9)
+        want = sums.double()
+        ours, theirs = both_factors(slice(0, 4), (4, 8), locality)
+        NativeOps().sum_products(qkv, ours, 2, sums)
+        TorchOps().sum_products(qkv.double(), theirs, 2, want)
+        assert torch.equal(sums.isfinite(), want.isfinite()), locality
 
 
 # Head dimensions of VVT-small are 48, 40 and 32; 24 ends with half a vector.
@@ -263,6 +294,7 @@ def test_infinite_and_missing_numbers(dtype):
     [
         (3, 2, 24, (4, 5), (0, 4)),
         (1, 1, 48, (9, 13), (3, 8)),
+        (1, 2, 8, (5, 70), (1, 4)),
         (2, 3, 40, (3, 11), (0, 3)),
         (1, 4, 8, (1, 1), (0, 1)),
         (1, 2, 32, (8, 8), (2, 6)),
@@ -274,8 +306,7 @@ def test_attention(dtype, locality, clamp, batch, heads, d, grid, rows):
     # The strip is a part of an image.
     memory = images(batch, grid[0], grid[1], 3 * reduced, dtype=dtype)
     qkv = memory[:, rows]
-    factors = _factors(grid, rows, locality, torch.zeros(1))
-    doubled = None if factors is None else factors.double()
+    factors, doubled = both_factors(rows, grid, locality)
     sums = images(batch, heads, wide, d + 1)
     expected_sums = sums.double()
     NativeOps().sum_products(qkv, factors, heads, sums)
@@ -481,6 +512,7 @@ def test_selection():
         'layer_norm_backward',
         'residual',
         'residual_backward',
+        'depthwise',
         'depthwise_gelu',
         'depthwise_gelu_backward',
         'sum_products',
@@ -498,7 +530,11 @@ def test_wrong_kernels_are_not_used(method, dtype, monkeypatch):
     kernel = getattr(NativeOps, method)
 
     def wrong(self, first, *arguments):
-        return kernel(self, first.flip(-1), *arguments)
+        if isinstance(first, Window):
+            first = first._replace(strip=first.strip.flip(-1))
+        else:
+            first = first.flip(-1)
+        return kernel(self, first, *arguments)
 
     messages = []
     monkeypatch.setattr(

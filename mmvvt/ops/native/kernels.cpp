@@ -8,7 +8,7 @@
 // tokens, the factors and the weights of the depthwise convolution are
 // float32. Shapes use the letters of the Python code: b images, m rows, w
 // columns, p = m * w tokens, C, D, R channels, d channels per head, n factors
-// per token. Every tensor is contiguous unless a stride is given; strides are
+// per token, of which g depend on the column. Every tensor is contiguous unless a stride is given; strides are
 // in elements.
 
 #include <algorithm>
@@ -82,12 +82,25 @@ inline void store(bfloat16* p, vec v) {
 
 // The first `left` elements of a vector, and zeros. If fewer than WIDTH are
 // left, they are WIDTH / 2: heads have a multiple of 8 channels.
-template <typename T>
-inline vec load_part(const T* p, int64_t left) {
-  if (left >= WIDTH) return load(p);
-  T padded[WIDTH] = {};
+inline vec load_half(const float* p) {
+#ifdef __AVX512F__
+  return (vec)_mm512_zextps256_ps512(_mm256_loadu_ps(p));
+#else
+  vec v{};
+  std::memcpy(&v, p, sizeof(v) / 2);
+  return v;
+#endif
+}
+
+inline vec load_half(const bfloat16* p) {
+  bfloat16 padded[WIDTH] = {};
   std::memcpy(padded, p, sizeof(padded) / 2);
   return load(padded);
+}
+
+template <typename T>
+inline vec load_part(const T* p, int64_t left) {
+  return left >= WIDTH ? load(p) : load_half(p);
 }
 
 template <typename T>
@@ -168,6 +181,12 @@ inline vec normal_cdf(vec v) {
   phi = v > BOUND ? fill(1.0f) : phi;
   return v < -BOUND ? vec{} : phi;
 }
+
+inline int64_t round_up(int64_t number, int64_t step) {
+  return (number + step - 1) / step * step;
+}
+inline int64_t whole_vectors(int64_t size) { return round_up(size, WIDTH); }
+inline int64_t whole_rows(int64_t count) { return round_up(count, ROWS); }
 
 // Runs work(first, last, thread) on each thread, for equal parts of the items.
 template <typename Work>
@@ -364,20 +383,28 @@ void residual_backward(const X* grad, const T* branch, const float* gate,
 
 // ---- depthwise convolution and GELU -----------------------------------------
 
-// A window of rows, (b, m + 2 - 2 * padding, w, D), of which a 3x3 convolution
-// computes m rows. Horizontally, the padding is 1.
+// The rows that a 3x3 convolution reads to compute m rows, see Window in
+// mmvvt/ops/strips/common.py: a row of zeros at the top of the image, the rows
+// of `above`, those of the strip, and zeros. Horizontally, the padding is 1.
 template <typename T>
 struct Window {
-  const T* data;
-  int64_t image_stride;
-  int64_t rows, width, channels, padding;
+  const T* above;  // (b, above_rows, w, D)
+  int64_t above_rows;
+  const T* strip;  // (b, strip_rows, w, D)
+  int64_t strip_rows;
+  bool top;
+  int64_t rows, width, channels;
 
   // Pixel (0, c) of the row above row i of the output, of that row, or of the
   // row below it; null for rows of zeros.
   const T* row(int64_t image, int64_t i, int64_t tap, int64_t c) const {
-    const int64_t y = i + tap - padding;
-    if (y < 0 || y >= rows + 2 - 2 * padding) return nullptr;
-    return data + image * image_stride + y * width * channels + c;
+    int64_t y = i + tap - top;
+    if (y < 0) return nullptr;
+    const int64_t size = width * channels;
+    if (y < above_rows) return above + (image * above_rows + y) * size + c;
+    y -= above_rows;
+    if (y >= strip_rows) return nullptr;
+    return strip + (image * strip_rows + y) * size + c;
   }
 };
 
@@ -409,8 +436,8 @@ inline void convolve(const T* const (&rows)[3], int64_t x, int64_t width,
 
 // Computes TILE columns of a row, from column x on. `out` is pixel x of the
 // output.
-template <bool EDGE, typename T>
-void depthwise_gelu_tile(const Window<T>& in, int64_t image, int64_t row, int64_t x,
+template <bool GELU, bool EDGE, typename T>
+void depthwise_tile(const Window<T>& in, int64_t image, int64_t row, int64_t x,
                     const float* weight, const float* bias, T* out) {
   const int64_t count = std::min<int64_t>(TILE, in.width - x);
   for (int64_t c = 0; c < in.channels; c += WIDTH) {
@@ -420,7 +447,8 @@ void depthwise_gelu_tile(const Window<T>& in, int64_t image, int64_t row, int64_
     convolve<EDGE>(rows, x, in.width, in.channels, weight + c,
                    bias + c, mixed);
     for (int i = 0; i < (EDGE ? count : TILE); ++i)
-      store(out + i * in.channels + c, mixed[i] * normal_cdf(mixed[i]));
+      store(out + i * in.channels + c,
+            GELU ? mixed[i] * normal_cdf(mixed[i]) : mixed[i]);
   }
 }
 
@@ -440,14 +468,14 @@ void over_tiles(const Window<T>& in, int64_t images, int threads, Tile&& tile,
   });
 }
 
-template <typename T>
-void depthwise_gelu(const Window<T>& in, const float* weight,
-                    const float* bias, T* out, int64_t images, int threads) {
+template <bool GELU, typename T>
+void depthwise(const Window<T>& in, const float* weight, const float* bias,
+               T* out, int64_t images, int threads) {
   over_tiles(
       in, images, threads,
       [&](bool edge, int64_t image, int64_t row, int64_t x, int64_t at,
           int64_t) {
-        (edge ? depthwise_gelu_tile<true, T> : depthwise_gelu_tile<false, T>)(
+        (edge ? depthwise_tile<GELU, true, T> : depthwise_tile<GELU, false, T>)(
             in, image, row, x, weight, bias, out + at);
       },
       [](int64_t) {});
@@ -560,138 +588,173 @@ void multiply(const float* a, int64_t a_row, int64_t a_col, const float* b,
     product<1>(a, a_row, a_col, b, b_row, c, c_row, rows, cols, depth, add);
 }
 
-// Sizes of the attention of a strip.
+// The attention of a strip. A token has n factors: those of row i and column x
+// are of_rows[i] (n, g) @ of_columns[x] (g). Features with g instead of n blocks
+// are multiplied, and the products of a row are combined with those of the
+// other rows.
 struct Heads {
-  int64_t images, tokens, heads, n, d;
+  int64_t images, rows, width, heads, n, g, d;
+  const float* of_rows;     // (m, n, g)
+  const float* of_columns;  // (w, g), or (m, w, g) with row_stride = w * g
+  int64_t row_stride;       // 0 if the columns of all rows have equal factors
 
-  // Channels of a head and of its features, each block filled up with zeros to
-  // whole vectors.
-  int64_t padded() const { return (d + WIDTH - 1) / WIDTH * WIDTH; }
-  int64_t wide() const { return n * padded(); }
-  int64_t wide_index(int64_t row) const { return row / d * padded() + row % d; }
-  int64_t chunks() const { return (tokens + CHUNK - 1) / CHUNK; }
-  int64_t count(int64_t chunk) const {
-    return std::min<int64_t>(CHUNK, tokens - chunk * CHUNK);
+  // Channels of a head and of its features, filled up to whole vectors.
+  int64_t padded() const { return whole_vectors(d); }
+  int64_t wide() const { return whole_vectors(g * d); }
+  const float* row(int64_t i) const { return of_rows + i * n * g; }
+  const float* columns(int64_t i, int64_t x) const {
+    return of_columns + i * row_stride + x * g;
   }
 };
 
-// Features of up to CHUNK tokens of a head, (CHUNK, wide): channel i of block j
-// is relu(t[i]) * factors[j]. Missing tokens get zeros. If `weights`, (wide), is
-// given, `dots`, (CHUNK), are the products of the features with the weights.
+// Features of `count` tokens of a head, (count, wide): channel i of block j is
+// relu(t[i]) * factors[j]. If `weights`, (g * d), is given, `dots`, (count), are
+// the products of the features with the weights.
 template <typename T>
 void features(const T* tokens, int64_t stride, const float* factors,
               int64_t count, const Heads& at, const float* weights, float* out,
               float* dots) {
-  const int64_t n = at.n, padded = at.padded(), wide = at.wide();
+  const int64_t g = at.g, d = at.d, wide = at.wide();
   for (int64_t t = 0; t < count; ++t) {
     vec dot{};
-    for (int64_t i = 0; i < at.d; i += WIDTH) {
-      const vec v = relu(load_part(tokens + t * stride + i, at.d - i));
-      for (int64_t j = 0; j < n; ++j) {
-        const vec feature = v * factors[t * n + j];
-        store(out + t * wide + j * padded + i, feature);
-        if (weights) dot += feature * load(weights + j * padded + i);
+    for (int64_t i = 0; i < d; i += WIDTH) {
+      const vec v = relu(load_part(tokens + t * stride + i, d - i));
+      for (int64_t j = 0; j < g; ++j) {
+        const vec feature = v * factors[t * g + j];
+        store_part(out + t * wide + j * d + i, feature, d - i);
+        if (weights) dot += feature * load_part(weights + j * d + i, d - i);
       }
     }
     if (weights) dots[t] = sum(dot);
   }
-  std::fill(out + count * wide, out + CHUNK * wide, 0.0f);
-  if (weights) std::fill(dots + count, dots + CHUNK, 0.0f);
 }
 
-// Gradient of the tokens, from that of their features: the sum over the n
+// Gradient of the tokens, from that of their features: the sum over the g
 // blocks, where the token is positive.
 template <typename T>
 void fold(const float* grads, const float* factors, const T* tokens,
           int64_t stride, int64_t count, const Heads& at, T* out) {
-  const int64_t n = at.n, padded = at.padded(), wide = at.wide();
+  const int64_t g = at.g, d = at.d, wide = at.wide();
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t i = 0; i < at.d; i += WIDTH) {
+    for (int64_t i = 0; i < d; i += WIDTH) {
       vec total{};
-      for (int64_t j = 0; j < n; ++j)
-        total += load(grads + t * wide + j * padded + i) * factors[t * n + j];
-      const vec token = load_part(tokens + t * stride + i, at.d - i);
-      store_part(out + t * stride + i, token > 0 ? total : vec{}, at.d - i);
+      for (int64_t j = 0; j < g; ++j)
+        total += load_part(grads + t * wide + j * d + i, d - i) *
+                 factors[t * g + j];
+      const vec token = load_part(tokens + t * stride + i, d - i);
+      store_part(out + t * stride + i, token > 0 ? total : vec{}, d - i);
     }
   }
 }
 
-// Copies up to CHUNK tokens to float32, (CHUNK, padded). Missing tokens get
-// zeros.
+// Copies `count` tokens to float32, (count, padded).
 template <typename T>
 void gather(const T* tokens, int64_t stride, int64_t count, const Heads& at,
             float* out) {
-  const int64_t padded = at.padded();
   for (int64_t t = 0; t < count; ++t)
     for (int64_t i = 0; i < at.d; i += WIDTH)
-      store(out + t * padded + i,
+      store(out + t * at.padded() + i,
             load_part(tokens + t * stride + i, at.d - i));
-  std::fill(out + count * padded, out + CHUNK * padded, 0.0f);
 }
 
-// The sums of one head, (n * d, d + 1): a matrix (wide, padded), its transpose,
-// and the last column, (wide), all filled up with zeros.
-struct Matrix {
+// out[i] += factor * in[i]
+inline void add_scaled(float* out, const float* in, float factor,
+                       int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] += factor * in[i];
+}
+
+// The sums of one head, (n * d, d + 1), in the layouts that products need:
+// matrices (n, d, padded), their transposes (n, padded, d), and the last
+// column, (n, d). The columns from d on are zero.
+struct Matrices {
   std::vector<float> values, transposed, column;
 
-  Matrix(const float* sums, const Heads& at)
-      : values(at.wide() * at.padded()),
+  Matrices(const float* sums, const Heads& at)
+      : values(at.n * at.d * at.padded()),
         transposed(values.size()),
-        column(at.wide()) {
-    for (int64_t row = 0; row < at.n * at.d; ++row) {
-      const int64_t i = at.wide_index(row);
-      for (int64_t j = 0; j < at.d; ++j)
-        values[i * at.padded() + j] = transposed[j * at.wide() + i] =
-            sums[row * (at.d + 1) + j];
-      column[i] = sums[row * (at.d + 1) + at.d];
+        column(at.n * at.d) {
+    const int64_t d = at.d, padded = at.padded();
+    for (int64_t row = 0; row < at.n * d; ++row) {
+      for (int64_t j = 0; j < d; ++j)
+        values[row * padded + j] =
+            transposed[(row / d * padded + j) * d + row % d] =
+                sums[row * (d + 1) + j];
+      column[row] = sums[row * (d + 1) + d];
     }
   }
 };
 
-std::vector<Matrix> matrices(const float* sums, const Heads& at) {
-  std::vector<Matrix> all;
+std::vector<Matrices> all_matrices(const float* sums, const Heads& at) {
+  std::vector<Matrices> all;
   for (int64_t i = 0; i < at.images * at.heads; ++i)
     all.emplace_back(sums + i * at.n * at.d * (at.d + 1), at);
   return all;
 }
 
-// Sums of products of each head: a matrix (wide, padded) and a column (wide).
+// The matrices of a head, combined for one row of tokens: a matrix
+// (g * d, padded), its transpose (padded, wide) and the column (g * d).
+class RowMatrix {
+ public:
+  std::vector<float> values, transposed, column;
+
+  explicit RowMatrix(const Heads& at)
+      : values(at.g * at.d * at.padded()),
+        transposed(at.padded() * at.wide()),
+        column(at.g * at.d) {}
+
+  void combine(const Matrices& from, const Heads& at, int64_t row,
+               bool transpose) {
+    const int64_t d = at.d, size = d * at.padded();
+    std::fill(values.begin(), values.end(), 0.0f);
+    std::fill(column.begin(), column.end(), 0.0f);
+    if (transpose) std::fill(transposed.begin(), transposed.end(), 0.0f);
+    for (int64_t i = 0; i < at.n; ++i) {
+      for (int64_t j = 0; j < at.g; ++j) {
+        const float factor = at.row(row)[i * at.g + j];
+        if (factor == 0) continue;
+        add_scaled(&values[j * size], &from.values[i * size], factor, size);
+        add_scaled(&column[j * d], &from.column[i * d], factor, d);
+        if (!transpose) continue;
+        for (int64_t k = 0; k < d; ++k)
+          add_scaled(&transposed[k * at.wide() + j * d],
+                     &from.transposed[i * size + k * d], factor, d);
+      }
+    }
+  }
+};
+
+// Sums of products of each head: matrices (n, d, padded) and a column (n, d).
 class ProductSums {
  public:
   ProductSums(const Heads& at, int threads)
       : at_(at),
-        size_(at.wide() * (at.padded() + 1)),
+        size_(at.n * at.d * (at.padded() + 1)),
         totals_(at.images * at.heads * size_, threads) {}
 
-  // Adds features^T (CHUNK, wide) @ values (CHUNK, padded), and to the column
-  // the sum of the features, each times its weight if there are any.
-  void add(int64_t thread, int64_t head, const float* features,
-           const float* values, const float* weights) {
-    const int64_t wide = at_.wide(), padded = at_.padded();
+  // Adds the products of a row: a matrix (g * d, padded) and a column (g * d).
+  void add(int64_t thread, int64_t head, int64_t row, const float* values,
+           const float* column) {
+    const int64_t d = at_.d, size = d * at_.padded();
     float* total = totals_.recent(thread) + head * size_;
-    multiply(features, 1, wide, values, padded, total, padded, wide, padded,
-             CHUNK, true);
-    for (int64_t i = 0; i < wide; i += WIDTH) {
-      vec column{};
-      for (int64_t t = 0; t < CHUNK; ++t) {
-        const vec v = load(features + t * wide + i);
-        column += weights ? v * weights[t] : v;
+    for (int64_t i = 0; i < at_.n; ++i) {
+      for (int64_t j = 0; j < at_.g; ++j) {
+        const float factor = at_.row(row)[i * at_.g + j];
+        if (factor == 0) continue;
+        add_scaled(total + i * size, values + j * size, factor, size);
+        add_scaled(total + at_.n * size + i * d, column + j * d, factor, d);
       }
-      add_to(total + wide * padded + i, column);
     }
   }
 
   // Adds to sums of shape (b, heads, n * d, d + 1).
   void add_to_sums(float* sums) const {
-    const int64_t wide = at_.wide(), padded = at_.padded(), d = at_.d;
-    for (int64_t head = 0; head < at_.images * at_.heads; ++head) {
-      for (int64_t row = 0; row < at_.n * d; ++row) {
-        const int64_t i = at_.wide_index(row);
+    const int64_t padded = at_.padded(), d = at_.d;
+    for (int64_t head = 0; head < at_.images * at_.heads; ++head)
+      for (int64_t row = 0; row < at_.n * d; ++row)
         for (int64_t j = 0; j <= d; ++j)
           *sums++ += totals_.total(
-              head * size_ + (j < d ? i * padded + j : wide * padded + i));
-      }
-    }
+              head * size_ +
+              (j < d ? row * padded + j : at_.n * d * padded + row));
   }
 
  private:
@@ -700,127 +763,195 @@ class ProductSums {
   Sums totals_;
 };
 
-// Calls work(head, chunk, thread): heads of all images, parts of the tokens.
-// All heads of a chunk are computed by the same thread.
-template <typename Work>
-void over_chunks(const Heads& at, int threads, Work&& work) {
-  const int64_t items = at.images * at.chunks();
+// Products of the features and values of a part of a row of tokens.
+class RowProducts {
+ public:
+  explicit RowProducts(const Heads& at)
+      : at_(at), values_(at.g * at.d * at.padded()), column_(at.g * at.d) {}
+
+  void clear() {
+    std::fill(values_.begin(), values_.end(), 0.0f);
+    std::fill(column_.begin(), column_.end(), 0.0f);
+  }
+
+  // Adds features^T (g * d, count) @ values (count, padded), and to the column
+  // the sum of the features, each times its weight if there are any.
+  void add(const float* features, const float* values, const float* weights,
+           int64_t count) {
+    const int64_t size = at_.g * at_.d, padded = at_.padded();
+    multiply(features, 1, at_.wide(), values, padded, values_.data(), padded,
+             size, padded, count, true);
+    for (int64_t t = 0; t < count; ++t)
+      add_scaled(column_.data(), features + t * at_.wide(),
+                 weights ? weights[t] : 1, size);
+  }
+
+  void add_to(ProductSums& sums, int64_t thread, int64_t head,
+              int64_t row) const {
+    sums.add(thread, head, row, values_.data(), column_.data());
+  }
+
+ private:
+  Heads at_;
+  std::vector<float> values_, column_;
+};
+
+// Calls work(image, row, first, last) for all columns, in parts that begin at
+// multiples of CHUNK. make_work(thread) returns this function.
+template <typename MakeWork>
+void over_rows(const Heads& at, int threads, MakeWork&& make_work) {
+  const int64_t chunks = (at.width + CHUNK - 1) / CHUNK;
+  const int64_t items = at.images * at.rows * chunks;
   in_parts(items, threads, [&](int64_t i, int64_t last, int64_t thread) {
-    for (; i < last; ++i)
-      for (int64_t head = 0; head < at.heads; ++head)
-        work(i / at.chunks() * at.heads + head, i % at.chunks(), thread);
+    auto work = make_work(thread);
+    while (i < last) {
+      const int64_t row = i / chunks, first = row * chunks;
+      const int64_t end = std::min(last, first + chunks);
+      work(row / at.rows, row % at.rows, (i - first) * CHUNK,
+           std::min(at.width, (end - first) * CHUNK));
+      i = end;
+    }
   });
 }
 
-// First channel of a chunk of tokens of a head.
+// First channel of a token of a head.
 template <typename T>
-T* of_chunk(T* data, int64_t stride, const Heads& at, int64_t head,
-            int64_t chunk) {
-  return data + (head / at.heads * at.tokens + chunk * CHUNK) * stride +
-         head % at.heads * at.d;
+T* of_token(T* data, int64_t stride, const Heads& at, int64_t image,
+            int64_t row, int64_t x, int64_t head) {
+  return data + ((image * at.rows + row) * at.width + x) * stride + head * at.d;
 }
 
 template <typename T>
-void sum_products(const T* keys, const T* values, int64_t stride,
-                  const float* factors, float* sums, const Heads& at,
-                  int threads) {
+void sum_products(const T* keys, const T* values, int64_t stride, float* sums,
+                  const Heads& at, int threads) {
   ProductSums totals(at, threads);
-  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t thread) {
-    std::vector<float> wide(CHUNK * at.wide()), narrow(CHUNK * at.padded());
-    features(of_chunk(keys, stride, at, head, chunk), stride,
-             factors + chunk * CHUNK * at.n, at.count(chunk), at, nullptr,
-             wide.data(), nullptr);
-    gather(of_chunk(values, stride, at, head, chunk), stride, at.count(chunk),
-           at, narrow.data());
-    totals.add(thread, head, wide.data(), narrow.data(), nullptr);
+  over_rows(at, threads, [&](int64_t thread) {
+    return [&, thread, wide = std::vector<float>(CHUNK * at.wide()),
+            narrow = std::vector<float>(CHUNK * at.padded()),
+            products = RowProducts(at)](int64_t image, int64_t row,
+                                        int64_t first, int64_t last) mutable {
+      for (int64_t head = 0; head < at.heads; ++head) {
+        products.clear();
+        for (int64_t x = first; x < last; x += CHUNK) {
+          const int64_t count = std::min<int64_t>(CHUNK, last - x);
+          features(of_token(keys, stride, at, image, row, x, head), stride,
+                   at.columns(row, x), count, at, nullptr, wide.data(),
+                   nullptr);
+          gather(of_token(values, stride, at, image, row, x, head), stride,
+                 count, at, narrow.data());
+          products.add(wide.data(), narrow.data(), nullptr, count);
+        }
+        products.add_to(totals, thread, image * at.heads + head, row);
+      }
+    };
   });
   totals.add_to_sums(sums);
 }
 
 template <typename X, typename T>
-void attend(const X* queries, int64_t stride, const float* factors,
-            const float* sums, bool clamp, float eps, T* out, const Heads& at,
-            int threads) {
-  const std::vector<Matrix> all = matrices(sums, at);
+void attend(const X* queries, int64_t stride, const float* sums, bool clamp,
+            float eps, T* out, const Heads& at, int threads) {
+  const std::vector<Matrices> all = all_matrices(sums, at);
   const int64_t reduced = at.heads * at.d, padded = at.padded();
-  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t) {
-    const Matrix& matrix = all[head];
-    const int64_t count = at.count(chunk);
-    std::vector<float> wide(CHUNK * at.wide()), top(CHUNK * padded);
-    float weight[CHUNK];
-    features(of_chunk(queries, stride, at, head, chunk), stride,
-             factors + chunk * CHUNK * at.n, count, at, matrix.column.data(),
-             wide.data(), weight);
-    multiply(wide.data(), at.wide(), 1, matrix.values.data(), padded,
-             top.data(), padded, CHUNK, padded, at.wide());
-    T* merged = of_chunk(out, reduced, at, head, chunk);
-    for (int64_t t = 0; t < count; ++t) {
-      vec factor = fill(1 / (weight[t] + eps));
-      if (clamp) factor = clip(factor);
-      for (int64_t i = 0; i < at.d; i += WIDTH) {
-        vec v = load(&top[t * padded + i]);
-        v = clamp ? magnitude_clamp(magnitude_clamp(v) * factor) : v * factor;
-        store_part(merged + t * reduced + i, v, at.d - i);
+  over_rows(at, threads, [&](int64_t) {
+    return [&, wide = std::vector<float>(CHUNK * at.wide()),
+            top = std::vector<float>(CHUNK * padded), matrix = RowMatrix(at)](
+               int64_t image, int64_t row, int64_t first,
+               int64_t last) mutable {
+      float weight[CHUNK];
+      for (int64_t head = 0; head < at.heads; ++head) {
+        matrix.combine(all[image * at.heads + head], at, row, false);
+        for (int64_t x = first; x < last; x += CHUNK) {
+          const int64_t count = std::min<int64_t>(CHUNK, last - x);
+          features(of_token(queries, stride, at, image, row, x, head), stride,
+                   at.columns(row, x), count, at, matrix.column.data(),
+                   wide.data(), weight);
+          multiply(wide.data(), at.wide(), 1, matrix.values.data(), padded,
+                   top.data(), padded, whole_rows(count), padded, at.g * at.d);
+          T* merged = of_token(out, reduced, at, image, row, x, head);
+          for (int64_t t = 0; t < count; ++t) {
+            vec factor = fill(1 / (weight[t] + eps));
+            if (clamp) factor = clip(factor);
+            for (int64_t i = 0; i < at.d; i += WIDTH) {
+              vec v = load(&top[t * padded + i]);
+              v = clamp ? magnitude_clamp(magnitude_clamp(v) * factor)
+                        : v * factor;
+              store_part(merged + t * reduced + i, v, at.d - i);
+            }
+          }
+        }
       }
-    }
+    };
   });
 }
 
 // Gradients of `attend`: those of the queries and of the sums. Also computes
 // the output again.
 template <typename T>
-void attend_backward(const T* queries, int64_t stride, const float* factors,
-                     const float* sums, bool clamp, float eps, const T* grad,
-                     T* out, T* query_grad, float* sums_grad, const Heads& at,
+void attend_backward(const T* queries, int64_t stride, const float* sums,
+                     bool clamp, float eps, const T* grad, T* out,
+                     T* query_grad, float* sums_grad, const Heads& at,
                      int threads) {
-  const std::vector<Matrix> all = matrices(sums, at);
+  const std::vector<Matrices> all = all_matrices(sums, at);
   const int64_t reduced = at.heads * at.d, padded = at.padded();
   const int64_t size = at.wide();
   ProductSums totals(at, threads);
-  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t thread) {
-    const Matrix& matrix = all[head];
-    const int64_t count = at.count(chunk);
-    const T* tokens = of_chunk(queries, stride, at, head, chunk);
-    const float* factor = factors + chunk * CHUNK * at.n;
-    std::vector<float> wide(CHUNK * size), wide_grad(CHUNK * size),
-        top(CHUNK * padded), top_grad(CHUNK * padded);
-    float weight[CHUNK], weight_grad[CHUNK] = {};
-    features(tokens, stride, factor, count, at, matrix.column.data(),
-             wide.data(), weight);
-    multiply(wide.data(), size, 1, matrix.values.data(), padded, top.data(),
-             padded, CHUNK, padded, size);
-    const T* in = of_chunk(grad, reduced, at, head, chunk);
-    T* merged = of_chunk(out, reduced, at, head, chunk);
-    for (int64_t t = 0; t < count; ++t) {
-      const float inverse = 1 / (weight[t] + eps);
-      vec clipped = fill(inverse);
-      if (clamp) clipped = clip(clipped);
-      vec dot{};
-      for (int64_t i = 0; i < at.d; i += WIDTH) {
-        const vec raw = load(&top[t * padded + i]);
-        vec g = load_part(in + t * reduced + i, at.d - i);
-        const vec clamped = clamp ? magnitude_clamp(raw) : raw;
-        const vec quotient = clamped * clipped;
-        if (clamp) g = is_inside(quotient) ? g : vec{};
-        store_part(merged + t * reduced + i,
-                   clamp ? magnitude_clamp(quotient) : quotient, at.d - i);
-        dot += g * clamped;
-        g *= clipped;
-        if (clamp) g = is_inside(raw) ? g : vec{};
-        store(&top_grad[t * padded + i], g);
+  over_rows(at, threads, [&](int64_t thread) {
+    return [&, thread, wide = std::vector<float>(CHUNK * size),
+            wide_grad = std::vector<float>(CHUNK * size),
+            top = std::vector<float>(CHUNK * padded),
+            top_grad = std::vector<float>(CHUNK * padded),
+            matrix = RowMatrix(at), products = RowProducts(at)](
+               int64_t image, int64_t row, int64_t first,
+               int64_t last) mutable {
+      float weight[CHUNK], weight_grad[CHUNK];
+      for (int64_t head = 0; head < at.heads; ++head) {
+        matrix.combine(all[image * at.heads + head], at, row, true);
+        products.clear();
+        for (int64_t x = first; x < last; x += CHUNK) {
+          const int64_t count = std::min<int64_t>(CHUNK, last - x);
+          const T* tokens = of_token(queries, stride, at, image, row, x, head);
+          const float* factors = at.columns(row, x);
+          features(tokens, stride, factors, count, at, matrix.column.data(),
+                   wide.data(), weight);
+          multiply(wide.data(), size, 1, matrix.values.data(), padded,
+                   top.data(), padded, whole_rows(count), padded, at.g * at.d);
+          const T* in = of_token(grad, reduced, at, image, row, x, head);
+          T* merged = of_token(out, reduced, at, image, row, x, head);
+          for (int64_t t = 0; t < count; ++t) {
+            const float inverse = 1 / (weight[t] + eps);
+            vec clipped = fill(inverse);
+            if (clamp) clipped = clip(clipped);
+            vec dot{};
+            for (int64_t i = 0; i < at.d; i += WIDTH) {
+              const vec raw = load(&top[t * padded + i]);
+              vec g = load_part(in + t * reduced + i, at.d - i);
+              const vec clamped = clamp ? magnitude_clamp(raw) : raw;
+              const vec quotient = clamped * clipped;
+              if (clamp) g = is_inside(quotient) ? g : vec{};
+              store_part(merged + t * reduced + i,
+                         clamp ? magnitude_clamp(quotient) : quotient,
+                         at.d - i);
+              dot += g * clamped;
+              g *= clipped;
+              if (clamp) g = is_inside(raw) ? g : vec{};
+              store(&top_grad[t * padded + i], g);
+            }
+            const bool passes = !clamp || is_inside(fill(inverse))[0];
+            weight_grad[t] = passes ? -sum(dot) * inverse * inverse : 0;
+          }
+          products.add(wide.data(), top_grad.data(), weight_grad, count);
+          multiply(top_grad.data(), padded, 1, matrix.transposed.data(), size,
+                   wide_grad.data(), size, whole_rows(count), size, at.d);
+          for (int64_t t = 0; t < count; ++t)
+            add_scaled(&wide_grad[t * size], matrix.column.data(),
+                       weight_grad[t], at.g * at.d);
+          fold(wide_grad.data(), factors, tokens, stride, count, at,
+               of_token(query_grad, stride, at, image, row, x, head));
+        }
+        products.add_to(totals, thread, image * at.heads + head, row);
       }
-      const bool passes = !clamp || is_inside(fill(inverse))[0];
-      weight_grad[t] = passes ? -sum(dot) * inverse * inverse : 0;
-    }
-    totals.add(thread, head, wide.data(), top_grad.data(), weight_grad);
-    multiply(top_grad.data(), padded, 1, matrix.transposed.data(), size,
-             wide_grad.data(), size, CHUNK, size, padded);
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < size; i += WIDTH)
-        add_to(&wide_grad[t * size + i],
-               load(&matrix.column[i]) * weight_grad[t]);
-    fold(wide_grad.data(), factor, tokens, stride, count, at,
-         of_chunk(query_grad, stride, at, head, chunk));
+    };
   });
   totals.add_to_sums(sums_grad);
 }
@@ -828,34 +959,42 @@ void attend_backward(const T* queries, int64_t stride, const float* factors,
 // Gradients of `sum_products`: those of the keys and of the values.
 template <typename T>
 void sum_products_backward(const T* keys, const T* values, int64_t stride,
-                           const float* factors, const float* sums_grad,
-                           T* key_grad, T* value_grad, const Heads& at,
-                           int threads) {
-  const std::vector<Matrix> all = matrices(sums_grad, at);
+                           const float* sums_grad, T* key_grad, T* value_grad,
+                           const Heads& at, int threads) {
+  const std::vector<Matrices> all = all_matrices(sums_grad, at);
   const int64_t padded = at.padded(), size = at.wide();
-  over_chunks(at, threads, [&](int64_t head, int64_t chunk, int64_t) {
-    const Matrix& matrix = all[head];
-    const int64_t count = at.count(chunk);
-    const T* tokens = of_chunk(keys, stride, at, head, chunk);
-    const float* factor = factors + chunk * CHUNK * at.n;
-    std::vector<float> wide(CHUNK * size), narrow(CHUNK * padded);
-    gather(of_chunk(values, stride, at, head, chunk), stride, count, at,
-           narrow.data());
-    multiply(narrow.data(), padded, 1, matrix.transposed.data(), size,
-             wide.data(), size, CHUNK, size, padded);
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < size; i += WIDTH)
-        add_to(&wide[t * size + i], load(&matrix.column[i]));
-    fold(wide.data(), factor, tokens, stride, count, at,
-         of_chunk(key_grad, stride, at, head, chunk));
-    features(tokens, stride, factor, count, at, nullptr, wide.data(), nullptr);
-    multiply(wide.data(), size, 1, matrix.values.data(), padded, narrow.data(),
-             padded, CHUNK, padded, size);
-    T* out = of_chunk(value_grad, stride, at, head, chunk);
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < at.d; i += WIDTH)
-        store_part(out + t * stride + i, load(&narrow[t * padded + i]),
-                   at.d - i);
+  over_rows(at, threads, [&](int64_t) {
+    return [&, wide = std::vector<float>(CHUNK * size),
+            narrow = std::vector<float>(CHUNK * padded),
+            matrix = RowMatrix(at)](int64_t image, int64_t row, int64_t first,
+                                    int64_t last) mutable {
+      for (int64_t head = 0; head < at.heads; ++head) {
+        matrix.combine(all[image * at.heads + head], at, row, true);
+        for (int64_t x = first; x < last; x += CHUNK) {
+          const int64_t count = std::min<int64_t>(CHUNK, last - x);
+          const T* tokens = of_token(keys, stride, at, image, row, x, head);
+          const float* factors = at.columns(row, x);
+          gather(of_token(values, stride, at, image, row, x, head), stride,
+                 count, at, narrow.data());
+          multiply(narrow.data(), padded, 1, matrix.transposed.data(), size,
+                   wide.data(), size, whole_rows(count), size, at.d);
+          for (int64_t t = 0; t < count; ++t)
+            add_scaled(&wide[t * size], matrix.column.data(), 1, at.g * at.d);
+          fold(wide.data(), factors, tokens, stride, count, at,
+               of_token(key_grad, stride, at, image, row, x, head));
+          features(tokens, stride, factors, count, at, nullptr, wide.data(),
+                   nullptr);
+          multiply(wide.data(), size, 1, matrix.values.data(), padded,
+                   narrow.data(), padded, whole_rows(count), padded,
+                   at.g * at.d);
+          T* grads = of_token(value_grad, stride, at, image, row, x, head);
+          for (int64_t t = 0; t < count; ++t)
+            for (int64_t i = 0; i < at.d; i += WIDTH)
+              store_part(grads + t * stride + i, load(&narrow[t * padded + i]),
+                         at.d - i);
+        }
+      }
+    };
   });
 }
 
@@ -949,96 +1088,111 @@ void mmvvt_residual_backward(const void* grad, bool x_half, const void* branch,
   });
 }
 
-// in: (b, m + 2 - 2 * padding, w, D), images image_stride apart. weight: (9, D).
-// bias: (D). out: (b, m, w, D).
-void mmvvt_depthwise_gelu(const void* in, bool half, int64_t image_stride,
-                          const float* weight, const float* bias, void* out,
-                          int64_t images, int64_t rows, int64_t width,
-                          int64_t channels, int64_t padding, int threads) {
+// above, strip, top: see Window. weight: (9, D). bias: (D). out: (b, m, w, D).
+void mmvvt_depthwise(const void* above, int64_t above_rows, const void* strip,
+                     int64_t strip_rows, bool top, bool half,
+                     const float* weight, const float* bias, bool gelu,
+                     void* out, int64_t images, int64_t rows, int64_t width,
+                     int64_t channels, int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    const Window<T> window{(const T*)in, image_stride, rows,
-                           width,        channels,     padding};
-    depthwise_gelu(window, weight, bias, (T*)out, images, threads);
+    const Window<T> window{(const T*)above, above_rows, (const T*)strip,
+                           strip_rows, top, rows, width, channels};
+    (gelu ? depthwise<true, T> : depthwise<false, T>)(
+        window, weight, bias, (T*)out, images, threads);
   });
 }
 
-// in, weight, bias: see mmvvt_depthwise_gelu. grad, active, mixed_grad: (b, m, w, D),
-// the gradient of the output of the GELU, this output, and the gradient of
-// its input. sums: (10, D), see depthwise_gelu_backward_tile; they are added to.
-void mmvvt_depthwise_gelu_backward(const void* in, bool half, int64_t image_stride,
-                              const float* weight, const float* bias,
-                              const void* grad, void* active, void* mixed_grad,
-                              float* sums, int64_t images, int64_t rows,
-                              int64_t width, int64_t channels, int64_t padding,
-                              int threads) {
+// grad, active, mixed_grad: (b, m, w, D), the gradient of the output of the
+// GELU, this output, and the gradient of its input. sums: (10, D), see
+// depthwise_gelu_backward_tile; they are added to. Others: see mmvvt_depthwise.
+void mmvvt_depthwise_gelu_backward(
+    const void* above, int64_t above_rows, const void* strip,
+    int64_t strip_rows, bool top, bool half, const float* weight,
+    const float* bias, const void* grad, void* active, void* mixed_grad,
+    float* sums, int64_t images, int64_t rows, int64_t width, int64_t channels,
+    int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    const Window<T> window{(const T*)in, image_stride, rows,
-                           width,        channels,     padding};
+    const Window<T> window{(const T*)above, above_rows, (const T*)strip,
+                           strip_rows, top, rows, width, channels};
     depthwise_gelu_backward(window, weight, bias, (const T*)grad, (T*)active,
-                       (T*)mixed_grad, sums, images, threads);
+                            (T*)mixed_grad, sums, images, threads);
   });
 }
 
-// keys, values: (b, p, heads * d), tokens stride apart. factors: (p, n).
+// The attention of strips (b, m, w, .): of_rows: (m, n, g), of_columns: (w, g) or
+// (m, w, g), see Heads. keys, values: (b, m, w, heads * d), tokens stride apart.
 // sums: (b, heads, n * d, d + 1), which the products are added to.
 void mmvvt_sum_products(const void* keys, const void* values, bool half,
-                        int64_t stride, const float* factors, float* sums,
-                        int64_t images, int64_t tokens, int64_t heads,
-                        int64_t n, int64_t d, int threads) {
+                        int64_t stride, float* sums, int64_t images,
+                        int64_t rows, int64_t width, int64_t heads, int64_t n,
+                        int64_t g, int64_t d, const float* of_rows,
+                        const float* of_columns, int64_t row_stride,
+                        int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    sum_products((const T*)keys, (const T*)values, stride, factors, sums,
-                 Heads{images, tokens, heads, n, d}, threads);
+    sum_products((const T*)keys, (const T*)values, stride, sums,
+                 Heads{images, rows, width, heads, n, g, d, of_rows,
+                       of_columns, row_stride},
+                 threads);
   });
 }
 
 // key_grad, value_grad: like keys and values. sums_grad: like sums.
-void mmvvt_sum_products_backward(const void* keys, const void* values,
-                                 bool half, int64_t stride,
-                                 const float* factors, const float* sums_grad,
-                                 void* key_grad, void* value_grad,
-                                 int64_t images, int64_t tokens, int64_t heads,
-                                 int64_t n, int64_t d, int threads) {
+void mmvvt_sum_products_backward(
+    const void* keys, const void* values, bool half, int64_t stride,
+    const float* sums_grad, void* key_grad, void* value_grad, int64_t images,
+    int64_t rows, int64_t width, int64_t heads, int64_t n, int64_t g, int64_t d,
+    const float* of_rows, const float* of_columns, int64_t row_stride,
+    int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    sum_products_backward((const T*)keys, (const T*)values, stride, factors,
-                          sums_grad, (T*)key_grad, (T*)value_grad,
-                          Heads{images, tokens, heads, n, d}, threads);
+    sum_products_backward((const T*)keys, (const T*)values, stride, sums_grad,
+                          (T*)key_grad, (T*)value_grad,
+                          Heads{images, rows, width, heads, n, g, d, of_rows,
+                                of_columns, row_stride},
+                          threads);
   });
 }
 
-// queries: (b, p, heads * d), tokens stride apart. factors: (p, n). sums:
-// (b, heads, n * d, d + 1), after the clamp. out: (b, p, heads * d).
+// queries: (b, m, w, heads * d), tokens stride apart. sums:
+// (b, heads, n * d, d + 1), after the clamp. out: (b, m, w, heads * d).
 void mmvvt_attend(const void* queries, bool x_half, int64_t stride,
-                  const float* factors, const float* sums, bool clamp,
-                  float eps, void* out, bool half, int64_t images,
-                  int64_t tokens, int64_t heads, int64_t n, int64_t d,
-                  int threads) {
+                  const float* sums, bool clamp, float eps, void* out,
+                  bool half, int64_t images, int64_t rows, int64_t width,
+                  int64_t heads, int64_t n, int64_t g, int64_t d,
+                  const float* of_rows, const float* of_columns,
+                  int64_t row_stride, int threads) {
   with_type(x_half, [&](auto x_type) {
     with_type(half, [&](auto type) {
       using X = decltype(x_type);
       using T = decltype(type);
-      attend((const X*)queries, stride, factors, sums, clamp, eps, (T*)out,
-             Heads{images, tokens, heads, n, d}, threads);
+      attend((const X*)queries, stride, sums, clamp, eps, (T*)out,
+             Heads{images, rows, width, heads, n, g, d, of_rows, of_columns,
+                   row_stride},
+             threads);
     });
   });
 }
 
-// grad, out: (b, p, heads * d). query_grad: like queries. sums_grad: like
+// grad, out: (b, m, w, heads * d). query_grad: like queries. sums_grad: like
 // sums; it is added to.
 void mmvvt_attend_backward(const void* queries, bool half, int64_t stride,
-                           const float* factors, const float* sums, bool clamp,
-                           float eps, const void* grad, void* out,
-                           void* query_grad, float* sums_grad, int64_t images,
-                           int64_t tokens, int64_t heads, int64_t n, int64_t d,
+                           const float* sums, bool clamp, float eps,
+                           const void* grad, void* out, void* query_grad,
+                           float* sums_grad, int64_t images, int64_t rows,
+                           int64_t width, int64_t heads, int64_t n, int64_t g,
+                           int64_t d, const float* of_rows,
+                           const float* of_columns, int64_t row_stride,
                            int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    attend_backward((const T*)queries, stride, factors, sums, clamp, eps,
+    attend_backward((const T*)queries, stride, sums, clamp, eps,
                     (const T*)grad, (T*)out, (T*)query_grad, sums_grad,
-                    Heads{images, tokens, heads, n, d}, threads);
+                    Heads{images, rows, width, heads, n, g, d, of_rows,
+                          of_columns, row_stride},
+                    threads);
   });
 }
 

@@ -7,20 +7,20 @@ projections and the outputs of the output projection are saved for the
 backward pass; recomputing the other activations is faster than storing them.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..angles import NUM_FACTORS, axis_factors, combine_factors, token_factors
+from ..angles import NUM_FACTORS
 from ..autograd import needs_custom_backward, without_autocast
 from ..clamp import mask_clamp_grad
 from ..linear import clamp_sums
 from .common import (
     GradSums,
+    all_strips,
     check_differentiated_once,
-    cut,
     dtype_of_strips,
     linear,
     sum_dtype,
@@ -86,32 +86,6 @@ class AttentionSettings(NamedTuple):
     norm_eps: float
 
 
-def _factors(
-    shape: Tuple[int, int], rows: slice, locality: str, like: Tensor
-) -> Optional[Tensor]:
-    """Return the factors of the tokens of a strip.
-
-    Args:
-        shape (tuple[int, int]): Grid ``(h, w)``.
-        rows (slice): The m rows of the strip.
-        locality (str): 'sum', 'product', '1d' or 'none'.
-        like (Tensor): Tensor that provides the dtype and device.
-
-    Returns:
-        Tensor or None: Factors of shape ``(m * w, n)``, where n is 4 for
-        'sum' and 'product' and 2 for '1d'. None for 'none'.
-    """
-    if locality == 'none':
-        return None
-    if locality == '1d':
-        factors = token_factors(shape, locality, like.dtype, like.device)
-        return factors[rows.start * shape[1] : rows.stop * shape[1]]
-    # Only the factors of these rows are computed, because a table of the
-    # whole grid would not fit into the CPU caches.
-    of_rows, of_cols = axis_factors(shape, like.dtype, like.device)
-    return combine_factors(of_rows[:, rows], of_cols, locality)
-
-
 def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
     """Compute the channel gate from the mean of the normalised tokens.
 
@@ -146,11 +120,13 @@ def _forward(
         keep (bool): Whether to save tensors for a backward pass.
 
     Returns:
-        tuple: Output of shape ``(B, h, w, C)`` and a tuple of tensors for the
-        backward pass: the projections, ``(B, h, w, 3 * R)``; the outputs of
-        the output projection, ``(B, h, w, C)``; the key-value sums before the
-        clamp, ``(B, heads, n * d, d + 1)``; and the sum of the normalised
-        tokens, ``(B, C)``. They are only valid if ``keep`` is True.
+        tuple: Output of shape ``(B, h, w, C)`` and a tuple for the backward
+        pass: the key-value sums before the clamp,
+        ``(B, heads, n * d, d + 1)``; the sum of the normalised tokens,
+        ``(B, C)``; and two lists with a tensor for each strip, the
+        projections, ``(b, m, w, 3 * R)``, and the outputs of the output
+        projection, ``(b, m, w, C)``. The lists are only valid if ``keep`` is
+        True.
     """
     batch, height, width, _ = x.shape
     heads, clamp = settings.num_heads, settings.clamp
@@ -159,65 +135,62 @@ def _forward(
     feature_dims = NUM_FACTORS[settings.locality] * head_dims
     dtype = weights.out_weight.dtype
     # The strip size accounts for two tensors with the width of the features.
-    pieces = list(cut(batch, height, width, 2 * heads * feature_dims))
+    strips = all_strips(batch, height, width, 2 * heads * feature_dims)
 
     out = torch.empty_like(x)
-    # If a backward pass follows, the queries, keys and values are saved.
-    # Otherwise only the queries are needed, and they are stored in the memory
-    # of the output until the second pass overwrites them.
-    projected = (
-        x.new_empty(batch, height, width, 3 * reduced_dims, dtype=dtype)
-        if keep
-        else out[..., :reduced_dims]
-    )
     ops = select_ops(x, dtype, x.shape[-1], head_dims)
+    of_grid = ((height, width), settings.locality, sum_dtype(dtype), x.device)
     sums = x.new_zeros(
         batch, heads, feature_dims, head_dims + 1, dtype=sum_dtype(dtype)
     )
     token_sum = sums.new_zeros(batch, x.shape[-1])
-    for images, strips in pieces:
-        for rows in strips:
-            normed, _ = ops.layer_norm(
-                x[images, rows],
-                weights.norm_weight,
-                weights.norm_bias,
-                settings.norm_eps,
-                dtype,
-                token_sum[images],
-            )
-            qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
-            projected[images, rows] = qkv[..., : projected.shape[-1]]
-            factors = _factors((height, width), rows, settings.locality, sums)
-            ops.sum_products(qkv, factors, heads, sums[images])
+    projected: List[Tensor] = []
+    for images, rows in strips:
+        normed, _ = ops.layer_norm(
+            x[images, rows],
+            weights.norm_weight,
+            weights.norm_bias,
+            settings.norm_eps,
+            dtype,
+            token_sum[images],
+        )
+        qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
+        factors = ops.factors(rows, *of_grid)
+        ops.sum_products(qkv, factors, heads, sums[images])
+        # If a backward pass follows, the queries, keys and values are saved.
+        # Otherwise only the queries are needed, and they are stored in the
+        # memory of the output until the second pass overwrites them.
+        if not keep:
+            queries = out[images, rows, :, :reduced_dims]
+            qkv = queries.copy_(qkv[..., :reduced_dims])
+        projected.append(qkv)
     clamped_sums = clamp_sums(sums, clamp)
     _, gate = _gate(token_sum / (height * width), weights)
 
     # The outputs of the output projection are saved, because the gradient
     # masks of the following clamps depend on them.
-    kept = torch.empty_like(x, dtype=dtype) if keep else None
-    for images, strips in pieces:
-        for rows in strips:
-            factors = _factors((height, width), rows, settings.locality, sums)
-            merged = ops.attend(
-                projected[images, rows, :, :reduced_dims],
-                factors,
-                clamped_sums[images],
-                clamp,
-                settings.eps,
-                dtype,
-            )
-            branch = linear(merged, weights.out_weight, weights.out_bias)
-            if kept is not None:
-                kept[images, rows] = branch
-            ops.residual(
-                x[images, rows],
-                branch,
-                gate[images],
-                clamp,
-                None if scale is None else scale[images],
-                out[images, rows],
-            )
-    return out, (projected, kept, sums, token_sum)
+    branches: List[Tensor] = []
+    for (images, rows), qkv in zip(strips, projected):
+        merged = ops.attend(
+            qkv[..., :reduced_dims],
+            ops.factors(rows, *of_grid),
+            clamped_sums[images],
+            clamp,
+            settings.eps,
+            dtype,
+        )
+        branch = linear(merged, weights.out_weight, weights.out_bias)
+        if keep:
+            branches.append(branch)
+        ops.residual(
+            x[images, rows],
+            branch,
+            gate[images],
+            clamp,
+            None if scale is None else scale[images],
+            out[images, rows],
+        )
+    return out, (sums, token_sum, projected, branches)
 
 
 class _AttentionBranch(torch.autograd.Function):
@@ -228,8 +201,12 @@ class _AttentionBranch(torch.autograd.Function):
         weights = AttentionWeights(*weights)
         with without_autocast(x):
             out, kept = _forward(x, weights.to(dtype), settings, scale, True)
+        sums, token_sum, projected, branches = kept
         ctx.settings, ctx.dtype = settings, dtype
-        ctx.save_for_backward(x, scale, *kept, *weights)
+        ctx.save_for_backward(
+            *(x, scale, sums, token_sum),
+            *(*weights, *projected, *branches),
+        )
         return out
 
     @staticmethod
@@ -240,15 +217,16 @@ class _AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, grad):
-        x, scale, projected, kept, sums, token_sum, *weights = (
-            ctx.saved_tensors
-        )
+        x, scale, sums, token_sum, *saved = ctx.saved_tensors
         settings, dtype = ctx.settings, ctx.dtype
-        weights = AttentionWeights(*weights).to(dtype)
+        number = len(AttentionWeights._fields)
+        weights = AttentionWeights(*saved[:number]).to(dtype)
         batch, height, width, _ = x.shape
         heads, clamp = settings.num_heads, settings.clamp
         reduced_dims = weights.out_weight.shape[1]
-        pieces = list(cut(batch, height, width, 2 * heads * sums.shape[2]))
+        strips = all_strips(batch, height, width, 2 * heads * sums.shape[2])
+        projected = saved[number : number + len(strips)]
+        branches = saved[number + len(strips) :]
         clamped_sums = clamp_sums(sums, clamp)
         mean = token_sum / (height * width)
         hidden, gate = _gate(mean, weights)
@@ -259,31 +237,31 @@ class _AttentionBranch(torch.autograd.Function):
         ops = select_ops(x, dtype, x.shape[-1], reduced_dims // heads)
         grad_sums = torch.zeros_like(sums)
         grad_gate = torch.zeros_like(gate)
+        of_grid = ((height, width), settings.locality, sums.dtype, x.device)
         # The first pass writes the query gradients to the first R channels.
         # The second pass writes the key and value gradients to the others.
-        grad_projected = torch.empty_like(projected)
-        for images, strips in pieces:
-            for rows in strips:
-                branch_grad, bias_grad = ops.residual_backward(
-                    grad[images, rows],
-                    kept[images, rows],
-                    gate[images],
-                    clamp,
-                    None if scale is None else scale[images],
-                    grad_gate[images],
-                )
-                merged = ops.attend_backward(
-                    projected[images, rows, :, :reduced_dims],
-                    _factors((height, width), rows, settings.locality, sums),
-                    clamped_sums[images],
-                    clamp,
-                    settings.eps,
-                    linear(branch_grad, from_out),  # (b, m, w, R)
-                    grad_projected[images, rows, :, :reduced_dims],
-                    grad_sums[images],
-                )
-                grads.add('out_bias', bias_grad)
-                grads.add_product('out_weight', branch_grad, merged)
+        projected_grads = [torch.empty_like(qkv) for qkv in projected]
+        for i, (images, rows) in enumerate(strips):
+            branch_grad, bias_grad = ops.residual_backward(
+                grad[images, rows],
+                branches[i],
+                gate[images],
+                clamp,
+                None if scale is None else scale[images],
+                grad_gate[images],
+            )
+            merged = ops.attend_backward(
+                projected[i][..., :reduced_dims],
+                ops.factors(rows, *of_grid),
+                clamped_sums[images],
+                clamp,
+                settings.eps,
+                linear(branch_grad, from_out),  # (b, m, w, R)
+                projected_grads[i][..., :reduced_dims],
+                grad_sums[images],
+            )
+            grads.add('out_bias', bias_grad)
+            grads.add_product('out_weight', branch_grad, merged)
 
         if clamp:
             mask_clamp_grad(grad_sums[..., :-1], sums[..., :-1])
@@ -295,38 +273,37 @@ class _AttentionBranch(torch.autograd.Function):
         mean_grad = hidden_grad @ weights.squeeze_weight / (height * width)
 
         grad_x = torch.empty_like(x)
-        for images, strips in pieces:
-            for rows in strips:
-                qkv_grad = grad_projected[images, rows]
-                ops.sum_products_backward(
-                    projected[images, rows],
-                    _factors((height, width), rows, settings.locality, sums),
-                    heads,
-                    grad_sums[images],
-                    qkv_grad,
-                )
-                tokens = x[images, rows]
-                normed, statistics = ops.layer_norm(
-                    tokens,
-                    weights.norm_weight,
-                    weights.norm_bias,
-                    settings.norm_eps,
-                    dtype,
-                )
-                grads.add('qkv_bias', sum_pixels(qkv_grad))
-                grads.add_product('qkv_weight', qkv_grad, normed)
-                ops.layer_norm_backward(
-                    tokens,
-                    linear(qkv_grad, from_qkv),
-                    mean_grad[images],
-                    grad[images, rows],
-                    weights.norm_weight,
-                    weights.norm_bias,
-                    settings.norm_eps,
-                    statistics,
-                    grad_x[images, rows],
-                    grads,
-                )
+        for i, (images, rows) in enumerate(strips):
+            qkv_grad = projected_grads[i]
+            ops.sum_products_backward(
+                projected[i],
+                ops.factors(rows, *of_grid),
+                heads,
+                grad_sums[images],
+                qkv_grad,
+            )
+            tokens = x[images, rows]
+            normed, statistics = ops.layer_norm(
+                tokens,
+                weights.norm_weight,
+                weights.norm_bias,
+                settings.norm_eps,
+                dtype,
+            )
+            grads.add('qkv_bias', sum_pixels(qkv_grad))
+            grads.add_product('qkv_weight', qkv_grad, normed)
+            ops.layer_norm_backward(
+                tokens,
+                linear(qkv_grad, from_qkv),
+                mean_grad[images],
+                grad[images, rows],
+                weights.norm_weight,
+                weights.norm_bias,
+                settings.norm_eps,
+                statistics,
+                grad_x[images, rows],
+                grads,
+            )
         return grad_x, None, None, None, *grads.of(AttentionWeights._fields)
 
 

@@ -1,7 +1,7 @@
 """Utilities of both branches: strips, linear layers and row windows."""
 
 import math
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -213,6 +213,17 @@ def cut(
         yield slice(image, image + 1), strips
 
 
+def all_strips(
+    batch: int, height: int, width: int, channels: int
+) -> List[Tuple[slice, slice]]:
+    """Return the images and the rows of each strip, see :func:`cut`."""
+    return [
+        (images, rows)
+        for images, strips in cut(batch, height, width, channels)
+        for rows in strips
+    ]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """Compute ``x @ weight.T + bias`` as a 1x1 convolution.
 
@@ -380,6 +391,35 @@ class GradSums:
         return [self._sums[name] for name in names]
 
 
+class Window(NamedTuple):
+    """Rows of an image that a 3x3 convolution reads to compute m rows.
+
+    From top to bottom, they are a row of zeros if ``top`` is True, the rows
+    of ``above``, those of ``strip``, and a row of zeros if ``bottom`` is True:
+    m + 2 rows.
+
+    Attributes:
+        above (Tensor, optional): The two rows above the strip, of shape
+            ``(b, 2, w, C)``. None at the top of the image.
+        strip (Tensor): Contiguous strip of shape ``(b, n, w, C)``.
+        top (bool): Whether the strip starts at the top of the image.
+        bottom (bool): Whether the strip ends at the bottom of the image.
+    """
+
+    above: Optional[Tensor]
+    strip: Tensor
+    top: bool
+    bottom: bool
+
+    @property
+    def shape(self) -> Tuple[int, int, int, int]:
+        """Shape ``(b, m, w, C)`` of the output of the convolution."""
+        images, rows, width, channels = self.strip.shape
+        above = 0 if self.above is None else self.above.shape[1]
+        rows += above + self.top + self.bottom - 2
+        return images, rows, width, channels
+
+
 class RowWindow:
     """Extends each strip by one row above and one row below.
 
@@ -393,46 +433,29 @@ class RowWindow:
 
     def __init__(self, height: int):
         self.height = height
-        self.buffer: Any = None  # reused by the next image
-        self.stop = 0  # rows of the buffer that are in use
+        # The last two rows of the previous strip, and memory for those of
+        # this strip.
+        self.above: Optional[Tensor] = None
+        self.unused: Optional[Tensor] = None
 
-    def push(self, x: Tensor, rows: slice) -> Tuple[Tensor, slice, int]:
+    def push(self, x: Tensor, rows: slice) -> Tuple[Window, slice]:
         """Add the next strip and return the window that it completes.
 
         Args:
-            x (Tensor): Strip of shape ``(b, n, w, C)``. The first strip must
-                have at least two rows, unless it is the whole image. Later
-                strips may have up to two rows more than the first strip.
+            x (Tensor): Contiguous strip of shape ``(b, n, w, C)``. All but
+                the last must have at least two rows.
             rows (slice): The n rows of the image that the strip contains.
 
         Returns:
-            tuple[Tensor, slice, int]: Window of shape ``(b, m + 2, w, C)``,
-            the m rows that it covers, and the vertical padding of a 3x3
-            convolution, which is 0. The window is a view of a buffer that the
-            next call overwrites. If the strip is the whole image, the strip
-            itself, its rows and a padding of 1 are returned.
+            tuple[Window, slice]: Window, and the m rows that it covers. The
+            second call after this one overwrites the rows above the strip.
         """
-        if rows == slice(0, self.height):
-            return x, rows, 1
-        strip_rows = x.shape[1]
-        first, last = rows.start == 0, rows.stop == self.height
-        if first and (
-            self.buffer is None
-            or self.buffer.shape[0] != len(x)
-            or self.buffer.shape[1] < strip_rows + 5
-        ):
-            self.buffer = x.new_empty(len(x), strip_rows + 5, *x.shape[2:])
-        if first:
-            # For the first strip, the buffer holds the zero row above the
-            # image at index 1, followed by the strip. For later strips, it
-            # holds the last two rows of the previous strip, followed by the
-            # strip. For the last strip, the zero row below the image follows.
-            self.buffer[:, 1] = 0
-        else:
-            self.buffer[:, :2] = self.buffer[:, self.stop - 2 : self.stop]
-        self.stop = strip_rows + 2
-        self.buffer[:, 2 : self.stop] = x
-        if last:
-            self.buffer[:, self.stop] = 0
-        window = self.buffer[:, first : self.stop + last]
-        return window, slice(rows.start - 1 + first, rows.stop - 1 + last), 0
+        top, bottom = rows.start == 0, rows.stop == self.height
+        window = Window(None if top else self.above, x, top, bottom)
+        if not bottom:
+            # Another strip may overwrite the memory of this one.
+            last = self.unused
+            if last is None or last.shape[0] != len(x):
+                last = x.new_empty(len(x), 2, *x.shape[2:])
+            self.above, self.unused = last.copy_(x[:, -2:]), self.above
+        return window, slice(rows.start - (not top), rows.stop - (not bottom))

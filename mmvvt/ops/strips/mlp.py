@@ -97,11 +97,11 @@ def _forward(
                 dtype,
             )
             hidden = linear(normed, weights.fc1_weight, weights.fc1_bias)
-            hidden, rows, padding = window.push(hidden, rows)
             if kept is not None and len(strips) == 1:
                 kept.append(hidden)
+            mixed, rows = window.push(hidden, rows)
             active = ops.depthwise_gelu(
-                hidden, weights.dwconv_weight, weights.dwconv_bias, padding
+                mixed, weights.dwconv_weight, weights.dwconv_bias
             )
             branch = linear(active, weights.fc2_weight, weights.fc2_bias)
             ops.residual(
@@ -113,7 +113,7 @@ def _forward(
                 out[images, rows],
             )
             # The next strip uses this memory again.
-            del hidden, active, branch
+            del hidden, mixed, active, branch
     return out
 
 
@@ -163,23 +163,22 @@ class _MLPBranch(torch.autograd.Function):
         for images, strips in cut(batch, height, width, hidden_dims):
             for rows in strips:
                 if len(strips) == 1:
-                    hidden, padding = next(kept), 1
+                    hidden = next(kept)
                 else:
                     normed, _ = ops.layer_norm(x[images, rows], *norm, dtype)
                     hidden = linear(
                         normed, weights.fc1_weight, weights.fc1_bias
                     )
-                    hidden, rows, padding = window.push(hidden, rows)
+                mixed, rows = window.push(hidden, rows)
                 branch_grad = grad[images, rows]  # (b, m, w, C)
                 if scale is not None:
                     branch_grad = branch_grad * scale[images]
                 branch_grad = branch_grad.to(dtype)
                 active, mixed_grad, weight_grad, bias_grad = (
                     ops.depthwise_gelu_backward(
-                        hidden,
+                        mixed,
                         weights.dwconv_weight,
                         weights.dwconv_bias,
-                        padding,
                         linear(branch_grad, to_hidden),  # (b, m, w, D)
                     )
                 )
@@ -190,10 +189,8 @@ class _MLPBranch(torch.autograd.Function):
 
                 # The input gradient of the convolution is a convolution with
                 # the flipped weight. Its window lags one more row behind.
-                hidden_grad, rows, padding = grad_window.push(mixed_grad, rows)
-                hidden_grad = ops.depthwise(
-                    hidden_grad, flipped, None, padding
-                )
+                mixed, rows = grad_window.push(mixed_grad, rows)
+                hidden_grad = ops.depthwise(mixed, flipped, None)
                 tokens = x[images, rows]
                 normed, statistics = ops.layer_norm(tokens, *norm, dtype)
                 grads.add('fc1_bias', sum_pixels(hidden_grad))

@@ -8,13 +8,14 @@ import ctypes
 import functools
 import logging
 import math
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ..angles import separate_factors
 from ..native import load
-from .common import GradSums, has_kernels, sum_dtype
+from .common import GradSums, Window, has_kernels, sum_dtype
 from .torch_ops import TorchOps
 
 logger = logging.getLogger('mmvvt')
@@ -32,12 +33,12 @@ _SIGNATURES = dict(
     mmvvt_layer_norm_backward='pbpbpppfpppiiin',
     mmvvt_residual='pbpbpbppiiin',
     mmvvt_residual_backward='pbpbpbppppiiin',
-    mmvvt_depthwise_gelu='pbipppiiiiin',
-    mmvvt_depthwise_gelu_backward='pbippppppiiiiin',
-    mmvvt_sum_products='ppbippiiiiin',
-    mmvvt_sum_products_backward='ppbippppiiiiin',
-    mmvvt_attend='pbippbfpbiiiiin',
-    mmvvt_attend_backward='pbippbfppppiiiiin',
+    mmvvt_depthwise='pipibbppbpiiiin',
+    mmvvt_depthwise_gelu_backward='pipibbppppppiiiin',
+    mmvvt_sum_products='ppbipiiiiiiippin',
+    mmvvt_sum_products_backward='ppbipppiiiiiiippin',
+    mmvvt_attend='pbipbfpbiiiiiiippin',
+    mmvvt_attend_backward='pbipbfppppiiiiiiippin',
 )
 
 
@@ -67,16 +68,41 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device='cpu')
 
 
-def _factors(factors: Optional[Tensor], tokens: int) -> Tensor:
-    """Factors ``(p, n)``; without a locality, there is one factor of 1."""
-    return _zeros(tokens, 1) + 1 if factors is None else factors
+class Factors(NamedTuple):
+    """Vicinity factors of a strip, see :func:`separate_factors`.
+
+    Attributes:
+        of_rows (Tensor): Table of shape ``(m, n, g)``.
+        of_columns (Tensor): Table of shape ``(m, w, g)`` or ``(1, w, g)``.
+    """
+
+    of_rows: Tensor
+    of_columns: Tensor
+
+
+def _sizes(x: Tensor, heads: int, head_dims: int, factors: Factors) -> tuple:
+    """Last arguments of the kernels of the attention."""
+    of_rows, of_columns = factors
+    return (
+        *x.shape[:3],
+        heads,
+        *of_rows.shape[1:],
+        head_dims,
+        of_rows,
+        of_columns,
+        of_columns.stride(0) if len(of_columns) > 1 else 0,
+    )
+
+
+def _of_window(window: Window) -> tuple:
+    """First arguments of the kernels of the depthwise convolution."""
+    above, strip, top, _ = window
+    above_rows = 0 if above is None else above.shape[1]
+    return above, above_rows, strip, strip.shape[1], top, _is_half(strip)
 
 
 class NativeOps(TorchOps):
-    """Operations on strips; :class:`TorchOps` describes the methods.
-
-    The depthwise convolution without GELU is inherited: oneDNN is as fast.
-    """
+    """Operations on strips; :class:`TorchOps` describes the methods."""
 
     def layer_norm(
         self,
@@ -195,48 +221,50 @@ class NativeOps(TorchOps):
         )
         return out, bias_grad
 
-    def depthwise_gelu(
-        self, window: Tensor, weight: Tensor, bias: Tensor, padding: int
+    def depthwise(
+        self, window: Window, weight: Tensor, bias: Optional[Tensor]
     ) -> Tensor:
-        images, rows, width, channels = window.shape
-        rows += 2 * padding - 2
-        out = self.workspace.take(
-            'active', window, images, rows, width, channels
-        )
-        _call(
-            'mmvvt_depthwise_gelu',
-            window,
-            _is_half(window),
-            window.stride(0),
-            # (D, 1, 3, 3) -> (D, 9) -> (9, D)
-            _floats(weight.flatten(1).t()),
-            _floats(bias),
-            out,
-            images,
-            rows,
-            width,
-            channels,
-            padding,
-        )
+        out = self.workspace.take('mixed', window.strip, *window.shape)
+        self._convolve(window, weight, bias, False, out)
         return out
 
-    def depthwise_gelu_backward(
+    def depthwise_gelu(
+        self, window: Window, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        out = self.workspace.take('active', window.strip, *window.shape)
+        self._convolve(window, weight, bias, True, out)
+        return out
+
+    def _convolve(
         self,
-        window: Tensor,
+        window: Window,
         weight: Tensor,
-        bias: Tensor,
-        padding: int,
-        grad: Tensor,
+        bias: Optional[Tensor],
+        gelu: bool,
+        out: Tensor,
+    ) -> None:
+        channels = out.shape[-1]
+        _call(
+            'mmvvt_depthwise',
+            *_of_window(window),
+            # (D, 1, 3, 3) -> (D, 9) -> (9, D)
+            _floats(weight.flatten(1).t()),
+            _zeros(channels) if bias is None else _floats(bias),
+            gelu,
+            out,
+            *out.shape,
+        )
+
+    def depthwise_gelu_backward(
+        self, window: Window, weight: Tensor, bias: Tensor, grad: Tensor
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        images, rows, width, channels = grad.shape
         active = self.workspace.take('active', grad, *grad.shape)
         mixed_grad = self.workspace.take('mixed_grad', grad, *grad.shape)
+        channels = grad.shape[-1]
         sums = _zeros(10, channels)
         _call(
             'mmvvt_depthwise_gelu_backward',
-            window,
-            _is_half(window),
-            window.stride(0),
+            *_of_window(window),
             # (D, 1, 3, 3) -> (D, 9) -> (9, D)
             _floats(weight.flatten(1).t()),
             _floats(bias),
@@ -244,25 +272,30 @@ class NativeOps(TorchOps):
             active,
             mixed_grad,
             sums,
-            images,
-            rows,
-            width,
-            channels,
-            padding,
+            *grad.shape,
         )
         # (9, D) -> (D, 9) -> (D, 1, 3, 3)
         weight_grad = sums[:9].t().reshape(channels, 1, 3, 3)
         return active, mixed_grad, weight_grad, sums[9]
 
-    def sum_products(
+    def factors(
         self,
-        qkv: Tensor,
-        factors: Optional[Tensor],
-        num_heads: int,
-        sums: Tensor,
+        rows: slice,
+        spatial_shape: Tuple[int, int],
+        locality: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Factors:
+        of_rows, of_columns = separate_factors(
+            spatial_shape, locality, torch.float32, device
+        )
+        if len(of_columns) > 1:
+            of_columns = of_columns[rows]
+        return Factors(of_rows[rows], of_columns)
+
+    def sum_products(
+        self, qkv: Tensor, factors: Factors, num_heads: int, sums: Tensor
     ) -> None:
-        images, rows, width, channels = qkv.shape
-        factors = _factors(factors, rows * width)
         _, k, v = qkv.chunk(3, dim=-1)
         _call(
             'mmvvt_sum_products',
@@ -270,25 +303,18 @@ class NativeOps(TorchOps):
             v,
             _is_half(qkv),
             qkv.stride(2),
-            factors,
             sums,
-            images,
-            rows * width,
-            num_heads,
-            factors.shape[1],
-            channels // 3 // num_heads,
+            *_sizes(qkv, num_heads, k.shape[-1] // num_heads, factors),
         )
 
     def sum_products_backward(
         self,
         qkv: Tensor,
-        factors: Optional[Tensor],
+        factors: Factors,
         num_heads: int,
         sums_grad: Tensor,
         out: Tensor,
     ) -> None:
-        images, rows, width, channels = qkv.shape
-        factors = _factors(factors, rows * width)
         _, k, v = qkv.chunk(3, dim=-1)
         _, k_out, v_out = out.chunk(3, dim=-1)
         _call(
@@ -297,52 +323,40 @@ class NativeOps(TorchOps):
             v,
             _is_half(qkv),
             qkv.stride(2),
-            factors,
             sums_grad,
             k_out,
             v_out,
-            images,
-            rows * width,
-            num_heads,
-            factors.shape[1],
-            channels // 3 // num_heads,
+            *_sizes(qkv, num_heads, k.shape[-1] // num_heads, factors),
         )
 
     def attend(
         self,
         q: Tensor,
-        factors: Optional[Tensor],
+        factors: Factors,
         sums: Tensor,
         clamp: bool,
         eps: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        images, rows, width, channels = q.shape
-        factors = _factors(factors, rows * width)
         merged = self.workspace.take('merged', q, *q.shape, dtype=dtype)
         _call(
             'mmvvt_attend',
             q,
             _is_half(q),
             q.stride(2),
-            factors,
             sums,
             clamp,
             eps,
             merged,
             _is_half(merged),
-            images,
-            rows * width,
-            sums.shape[1],
-            factors.shape[1],
-            channels // sums.shape[1],
+            *_sizes(q, sums.shape[1], sums.shape[3] - 1, factors),
         )
         return merged
 
     def attend_backward(
         self,
         q: Tensor,
-        factors: Optional[Tensor],
+        factors: Factors,
         sums: Tensor,
         clamp: bool,
         eps: float,
@@ -350,15 +364,12 @@ class NativeOps(TorchOps):
         q_grad: Tensor,
         sums_grad: Tensor,
     ) -> Tensor:
-        images, rows, width, channels = q.shape
-        factors = _factors(factors, rows * width)
         merged = self.workspace.take('merged', q, *q.shape)
         _call(
             'mmvvt_attend_backward',
             q,
             _is_half(q),
             q.stride(2),
-            factors,
             sums,
             clamp,
             eps,
@@ -366,11 +377,7 @@ class NativeOps(TorchOps):
             merged,
             q_grad,
             sums_grad,
-            images,
-            rows * width,
-            sums.shape[1],
-            factors.shape[1],
-            channels // sums.shape[1],
+            *_sizes(q, sums.shape[1], sums.shape[3] - 1, factors),
         )
         return merged
 
@@ -394,24 +401,27 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     ops.layer_norm_backward(
         x, numbers(3, *x.shape), None, x, *norm, statistics, x_grad, grads
     )
-    conv = (numbers(4, 48, 1, 3, 3), bias, 1)
-    active = ops.depthwise_gelu(x, *conv).clone()
-    conv_grads = ops.depthwise_gelu_backward(x, *conv, numbers(5, *x.shape))
+    window = Window(numbers(9, 1, 2, 5, 48), x, False, True)
+    conv = (window, numbers(4, 48, 1, 3, 3), bias)
+    grad = numbers(5, *window.shape)
+    active = ops.depthwise_gelu(*conv).clone()
+    mixed = ops.depthwise(*conv).clone()
+    conv_grads = ops.depthwise_gelu_backward(*conv, grad)
 
-    # Two heads of 24 channels, two factors per token
-    qkv, factors = numbers(6, 1, 3, 5, 144), numbers(7, 15, 2).abs()
-    factors = factors.to(sums_of)
-    sums = x.new_zeros(1, 2, 48, 25, dtype=sums_of)
+    # Two heads of 24 channels
+    qkv = numbers(6, 1, 3, 5, 144)
+    factors = ops.factors(slice(0, 3), (3, 5), 'sum', sums_of, x.device)
+    sums = x.new_zeros(1, 2, 96, 25, dtype=sums_of)
     ops.sum_products(qkv, factors, 2, sums)
     attend = (qkv[..., :48], factors, sums, True, 1e-4)
     merged = ops.attend(*attend, dtype).clone()
     qkv_grad, sums_grad = torch.zeros_like(qkv), torch.zeros_like(sums)
     ops.attend_backward(
-        *attend, numbers(8, *x.shape), qkv_grad[..., :48], sums_grad
+        *attend, numbers(7, *x.shape), qkv_grad[..., :48], sums_grad
     )
     ops.sum_products_backward(qkv, factors, 2, sums_grad, qkv_grad)
 
-    gate = numbers(9, 1, 48).to(sums_of)
+    gate = numbers(8, 1, 48).to(sums_of)
     gate_grad = torch.zeros_like(gate)
     gated = (gate, True, None)
     out = torch.zeros_like(x)
@@ -419,7 +429,7 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     ops.residual(x, merged.clone(), *gated, out)
     return [
         *(normed, x_grad, *grads.of(('norm_weight', 'norm_bias')), active),
-        *(*conv_grads, sums, merged, qkv_grad, sums_grad),
+        *(mixed, *conv_grads, sums, merged, qkv_grad, sums_grad),
         *(gate_grad, *branch_grads, out),
     ]
 

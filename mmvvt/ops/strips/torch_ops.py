@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..angles import axis_factors, combine_factors, token_factors
 from ..clamp import clamp_in_place, mask_clamp_grad
 from ..linear import divide, divide_backward
 from .common import (
     GradSums,
+    Window,
     Workspace,
     sum_dtype,
     sum_pixels,
@@ -33,6 +35,21 @@ def split_heads(t: Tensor, num_heads: int) -> Tensor:
 def merge_heads(t: Tensor, out: Tensor) -> None:
     """Write ``t``, ``(b, heads, p, d)``, to ``out``, ``(b, m, w, R)``."""
     split_heads(out, t.shape[1]).copy_(t)
+
+
+def _depthwise(
+    x: Tensor, padding: int, weight: Tensor, bias: Optional[Tensor]
+) -> Tensor:
+    """Depthwise convolution of ``x``, ``(b, m + 2 - 2 * padding, w, D)``."""
+    return to_pixels(
+        F.conv2d(
+            to_channels(x),
+            weight,
+            bias,
+            padding=(padding, 1),
+            groups=x.shape[-1],
+        )
+    )
 
 
 class TorchOps:
@@ -135,8 +152,7 @@ class TorchOps:
 
         Args:
             x (Tensor): Tokens of shape ``(b, m, w, C)``.
-            branch (Tensor): Output of the branch, of the same shape, modified
-                in place.
+            branch (Tensor): Output of the branch, of the same shape.
             gate (Tensor, optional): Gate of shape ``(b, C)``. If None, there
                 is none.
             clamp (bool): Whether to apply the clamps.
@@ -145,14 +161,15 @@ class TorchOps:
             out (Tensor): Memory for the result. It may be that of ``x``.
         """
         if clamp:
-            clamp_in_place(branch)
+            copy = self.workspace.take('branch', branch, *branch.shape)
+            branch = clamp_in_place(copy.copy_(branch))
         if gate is not None:
             gate = gate[:, None, None].to(branch.dtype)
             branch = torch.addcmul(branch, branch, gate)
         if clamp:
-            clamp_in_place(branch)
+            branch = clamp_in_place(branch)
         if scale is not None:
-            branch.mul_(scale)
+            branch = branch * scale
         torch.add(x, branch, out=out)
 
     def residual_backward(
@@ -193,56 +210,66 @@ class TorchOps:
             mask_clamp_grad(branch_grad, branch)
         return branch_grad, sum_pixels(branch_grad)
 
+    def _joined(self, window: Window) -> Tuple[Tensor, int]:
+        """Join the rows of a window.
+
+        Args:
+            window (Window): Rows that a 3x3 convolution reads.
+
+        Returns:
+            tuple[Tensor, int]: Rows of shape ``(b, m + 2 - 2 * padding, w,
+            C)``, and the vertical padding of the convolution. If the strip is
+            the whole image, these are the strip and 1; otherwise the padding
+            is 0.
+        """
+        above, strip, top, bottom = window
+        if top and bottom:
+            return strip, 1
+        images, rows, width, channels = window.shape
+        joined = self.workspace.take(
+            'window', strip, images, rows + 2, width, channels
+        )
+        first = 1
+        if above is None:
+            joined[:, 0] = 0
+        else:
+            first = above.shape[1]
+            joined[:, :first] = above
+        joined[:, first : first + strip.shape[1]] = strip
+        if bottom:
+            joined[:, -1] = 0
+        return joined, 0
+
     def depthwise(
-        self,
-        window: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        padding: int,
+        self, window: Window, weight: Tensor, bias: Optional[Tensor]
     ) -> Tensor:
         """Apply the depthwise 3x3 convolution to a window of rows.
 
         Args:
-            window (Tensor): Input ``(b, m + 2 - 2 * padding, w, D)``.
+            window (Window): Rows of D channels.
             weight (Tensor): Weight of shape ``(D, 1, 3, 3)``.
             bias (Tensor, optional): Bias of shape ``(D, )``.
-            padding (int): Vertical padding, 0 or 1. The horizontal padding
-                is 1.
 
         Returns:
             Tensor: Output of shape ``(b, m, w, D)``.
         """
-        return to_pixels(
-            F.conv2d(
-                to_channels(window),
-                weight,
-                bias,
-                padding=(padding, 1),
-                groups=window.shape[-1],
-            )
-        )
+        return _depthwise(*self._joined(window), weight, bias)
 
     def depthwise_gelu(
-        self, window: Tensor, weight: Tensor, bias: Tensor, padding: int
+        self, window: Window, weight: Tensor, bias: Tensor
     ) -> Tensor:
         """Apply :meth:`depthwise` and the exact GELU."""
-        return aten.gelu_(self.depthwise(window, weight, bias, padding))
+        return aten.gelu_(self.depthwise(window, weight, bias))
 
     def depthwise_gelu_backward(
-        self,
-        window: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        padding: int,
-        grad: Tensor,
+        self, window: Window, weight: Tensor, bias: Tensor, grad: Tensor
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute the gradients of :meth:`depthwise_gelu`.
 
         Args:
-            window (Tensor): See :meth:`depthwise`.
+            window (Window): See :meth:`depthwise`.
             weight (Tensor): See :meth:`depthwise`.
             bias (Tensor): See :meth:`depthwise`.
-            padding (int): See :meth:`depthwise`.
             grad (Tensor): Gradient of the output, ``(b, m, w, D)``.
 
         Returns:
@@ -250,12 +277,13 @@ class TorchOps:
             GELU, both of shape ``(b, m, w, D)``, and the gradients of the
             weight and of the bias.
         """
-        mixed = self.depthwise(window, weight, bias, padding)
+        x, padding = self._joined(window)
+        mixed = _depthwise(x, padding, weight, bias)
         mixed_grad = aten.gelu_backward(grad, mixed)
-        channels = window.shape[-1]
+        channels = x.shape[-1]
         _, weight_grad, bias_grad = aten.convolution_backward(
             to_channels(mixed_grad),
-            to_channels(window),
+            to_channels(x),
             weight,
             [channels],
             [1, 1],
@@ -267,6 +295,38 @@ class TorchOps:
             [False, True, True],
         )
         return aten.gelu_(mixed), mixed_grad, weight_grad, bias_grad
+
+    def factors(
+        self,
+        rows: slice,
+        spatial_shape: Tuple[int, int],
+        locality: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        """Return the vicinity factors of the tokens of a strip.
+
+        Args:
+            rows (slice): The m rows of the strip.
+            spatial_shape (tuple[int, int]): Grid ``(h, w)``.
+            locality (str): 'sum', 'product', '1d' or 'none'.
+            dtype (torch.dtype): Dtype of the factors.
+            device (torch.device): Device of the factors.
+
+        Returns:
+            Any: What the other methods take as ``factors``. Here, these are
+            factors of shape ``(m * w, n)``, or None for 'none'.
+        """
+        if locality == 'none':
+            return None
+        if locality == '1d':
+            factors = token_factors(spatial_shape, locality, dtype, device)
+            width = spatial_shape[1]
+            return factors[rows.start * width : rows.stop * width]
+        # Only the factors of these rows are computed, because a table of the
+        # whole grid would not fit into the CPU caches.
+        of_rows, of_cols = axis_factors(spatial_shape, dtype, device)
+        return combine_factors(of_rows[:, rows], of_cols, locality)
 
     def _features(self, t: Tensor, factors: Optional[Tensor]) -> Tensor:
         """Multiply tokens by their factors.
@@ -327,7 +387,7 @@ class TorchOps:
     def sum_products(
         self,
         qkv: Tensor,
-        factors: Optional[Tensor],
+        factors: Any,
         num_heads: int,
         sums: Tensor,
     ) -> None:
@@ -335,8 +395,7 @@ class TorchOps:
 
         Args:
             qkv (Tensor): Projections of shape ``(b, m, w, 3 * R)``.
-            factors (Tensor, optional): Factors of shape ``(p, n)`` with
-                p = m * w.
+            factors: Result of :meth:`factors` for this strip.
             num_heads (int): Number of heads.
             sums (Tensor): Sums ``(b, heads, n * d, d + 1)``, whose last
                 column contains the sums of the keys' features.
@@ -349,7 +408,7 @@ class TorchOps:
     def sum_products_backward(
         self,
         qkv: Tensor,
-        factors: Optional[Tensor],
+        factors: Any,
         num_heads: int,
         sums_grad: Tensor,
         out: Tensor,
@@ -375,7 +434,7 @@ class TorchOps:
     def attend(
         self,
         q: Tensor,
-        factors: Optional[Tensor],
+        factors: Any,
         sums: Tensor,
         clamp: bool,
         eps: float,
@@ -385,7 +444,7 @@ class TorchOps:
 
         Args:
             q (Tensor): Queries of shape ``(b, m, w, R)``.
-            factors (Tensor, optional): Factors of shape ``(p, n)``.
+            factors: Result of :meth:`factors` for this strip.
             sums (Tensor): Key-value sums ``(b, heads, n * d, d + 1)`` after
                 the clamp.
             clamp (bool): Whether to apply the clamps.
@@ -406,7 +465,7 @@ class TorchOps:
     def attend_backward(
         self,
         q: Tensor,
-        factors: Optional[Tensor],
+        factors: Any,
         sums: Tensor,
         clamp: bool,
         eps: float,
