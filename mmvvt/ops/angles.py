@@ -95,16 +95,7 @@ def build_separate_factors(
 
     The arguments and the result are those of :func:`separate_factors`.
     """
-    h, w = spatial_shape
-    options = dict(dtype=dtype, device=device)
-    if locality == 'none':
-        return torch.ones(h, 1, 1, **options), torch.ones(1, w, 1, **options)
-    if locality == '1d':
-        # The angle of a token is not that of a row or a column.
-        (factors,) = build_token_factors(spatial_shape, locality, **options)
-        # (2, 2) -> (h, 2, 2), and (h * w, 2) -> (h, w, 2)
-        of_rows = torch.eye(2, **options).repeat(h, 1, 1)
-        return of_rows, factors.unflatten(0, spatial_shape)
+    h = spatial_shape[0]
     rows, cols = build_axis_factors(spatial_shape, dtype, device)
     if locality == 'sum':
         # Columns: 1, cosine, sine. The first two factors are those of the row.
@@ -117,8 +108,7 @@ def build_separate_factors(
         of_rows = rows.new_zeros(h, 4, 2)
         for i in range(4):
             of_rows[:, i, i % 2] = rows[i // 2]
-    # (g, w) -> (w, g) -> (1, w, g)
-    return of_rows, cols.t().contiguous()[None]
+    return of_rows, cols.t().contiguous()  # (g, w) -> (w, g)
 
 
 def combine_factors(rows: Tensor, cols: Tensor, locality: str) -> Tensor:
@@ -222,19 +212,18 @@ def separate_factors(
     """Return cached tables that separate rows and columns.
 
     The n factors of the token in row i and column j, see
-    :func:`token_factors`, are ``of_rows[i] @ of_columns[i, j]``. Sums over the
+    :func:`token_factors`, are ``of_rows[i] @ of_columns[j]``. Sums over the
     tokens of a row need g blocks of features instead of n: 3 instead of 4 for
     'sum', 2 instead of 4 for 'product'.
 
     Args:
         spatial_shape (tuple[int, int]): Grid ``(h, w)``.
-        locality (str): 'sum', 'product', '1d' or 'none'.
+        locality (str): 'sum' or 'product'.
         dtype (torch.dtype): Data type of the tables.
         device (torch.device): Device of the tables.
 
     Returns:
-        tuple[Tensor, Tensor]: Tables of shapes ``(h, n, g)`` and
-        ``(h, w, g)``, or ``(1, w, g)`` if all rows have the same.
+        tuple[Tensor, Tensor]: Tables of shapes ``(h, n, g)`` and ``(w, g)``.
     """
     of_rows, of_columns = _from_cache(
         build_separate_factors, tuple(spatial_shape), locality, dtype, device

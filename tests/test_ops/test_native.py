@@ -3,6 +3,7 @@
 The kernels are in ``mmvvt/ops/native/kernels.cpp``.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -187,6 +188,24 @@ def test_residual(dtype, tokens, gated, scaled):
 
 @needs_kernels
 @pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('channels', [8, 16, 48, 72])
+def test_sum_pixels(dtype, channels):
+    ours, expected = both('sum_pixels', images(3, 5, 7, channels, dtype=dtype))
+    assert ours.dtype == torch.float32
+    assert_close(ours, expected, torch.float32)
+
+
+@needs_kernels
+def test_gate():
+    ours, expected = both(
+        'gate', *(images(*s) for s in ((3, 48), (5, 48), (48, 5)))
+    )
+    for a, b in zip(ours, expected):
+        assert_close(a, b, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('width', [1, 2, 3, 4, 5, 8, 9, 13])
 @pytest.mark.parametrize(
     'top,bottom,strip_rows',
@@ -246,6 +265,7 @@ def test_gelu_everywhere():
     expected.sum().backward()
     assert (ours - expected)[x.abs() < 1e6].abs().max() < 2e-6
     assert torch.equal(ours[x > 1e6], window[x > 1e6])
+    assert (ours[x < -1e6] == 0).all()
     active, grad, *_ = NativeOps().depthwise_gelu_backward(
         *arguments, torch.ones_like(window)
     )
@@ -293,9 +313,10 @@ def test_infinite_and_missing_numbers(dtype):
     'batch,heads,d,grid,rows',
     [
         (3, 2, 24, (4, 5), (0, 4)),
-        (1, 1, 48, (9, 13), (3, 8)),
+        (1, 1, 48, (9, 17), (3, 8)),
         (1, 2, 8, (5, 70), (1, 4)),
-        (2, 3, 40, (3, 11), (0, 3)),
+        (2, 3, 40, (3, 21), (0, 3)),
+        (1, 1, 40, (7, 11), (2, 5)),
         (1, 4, 8, (1, 1), (0, 1)),
         (1, 2, 32, (8, 8), (2, 6)),
     ],
@@ -355,8 +376,8 @@ def test_attention(dtype, locality, clamp, batch, heads, d, grid, rows):
 # -- blocks -------------------------------------------------------------------
 
 
-def build_block(path_rate=0.0, **attn_cfg):
-    block = VVTBlock(48, 2, 2, 1, 1, attn_cfg=attn_cfg)
+def build_block(num_heads=2, fr_ratio=1, **attn_cfg):
+    block = VVTBlock(48, num_heads, 2, fr_ratio, 1, attn_cfg=attn_cfg)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     return block
@@ -382,10 +403,10 @@ def run(block, x, grid, cotangent):
 @pytest.mark.parametrize('strip_numbers', [1, 96 * 5 * 3, 10**7])
 @pytest.mark.parametrize('products', [True, False])
 def test_block_is_not_worse(autocast, strip_numbers, products, monkeypatch):
-    """Errors against float64 are at most twice those of PyTorch operations.
+    """Errors against float64 are at most 1.5 times those of PyTorch.
 
-    The root mean square over several draws is compared, because a token with
-    a very small sum of weights can increase either error.
+    The geometric mean over several draws is compared, because a token with a
+    very small sum of weights can increase either error a hundred times.
     """
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
     monkeypatch.setattr(common, 'STRIP_NUMBERS', strip_numbers)
@@ -397,8 +418,15 @@ def test_block_is_not_worse(autocast, strip_numbers, products, monkeypatch):
     errors = defaultdict(list)
     used = []
     for draw in range(8):
-        block = build_block(locality=LOCALITIES[draw % 4], clamp=draw < 4)
-        x, cotangent = torch.randn(2, 2, 35, 48)
+        # In half of the blocks, the 72 channels of q, k and v end with half a
+        # vector, and the rows are long enough to be multiplied separately.
+        heads, fr_ratio, grid = [(2, 1, (7, 5)), (3, 2, (4, 19))][
+            (draw % 4 + draw // 4) % 2
+        ]
+        block = build_block(
+            heads, fr_ratio, locality=LOCALITIES[draw % 4], clamp=draw < 4
+        )
+        x, cotangent = torch.randn(2, 2, math.prod(grid), 48)
         sides = []
         for kind in (NativeOps, TorchOps):
             with (
@@ -413,15 +441,15 @@ def test_block_is_not_worse(autocast, strip_numbers, products, monkeypatch):
                         'select_ops',
                         lambda *_, kind=kind: used.append(kind) or kind(),
                     )
-                sides.append(run(block, x, (7, 5), cotangent))
-        expected = run(block.double(), x.double(), (7, 5), cotangent.double())
+                sides.append(run(block, x, grid, cotangent))
+        expected = run(block.double(), x.double(), grid, cotangent.double())
         for name, want in expected.items():
             assert sides[0][name].dtype == sides[1][name].dtype, name
             errors[name].append([relative_error(t[name], want) for t in sides])
     assert used.count(NativeOps) == used.count(TorchOps) == 8 * 6
     for name, values in errors.items():
-        ours, theirs = torch.tensor(values).square().mean(dim=0).sqrt()
-        assert ours <= 2 * theirs, name
+        ours, theirs = torch.tensor(values).log().mean(dim=0).exp()
+        assert ours <= 1.5 * theirs, name
 
 
 @needs_kernels
@@ -512,6 +540,8 @@ def test_selection():
         'layer_norm_backward',
         'residual',
         'residual_backward',
+        'sum_pixels',
+        'gate',
         'depthwise',
         'depthwise_gelu',
         'depthwise_gelu_backward',

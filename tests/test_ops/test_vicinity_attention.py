@@ -295,19 +295,16 @@ def test_autocast_does_not_reach_the_sums(dtype):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize('locality', LOCALITIES)
+@pytest.mark.parametrize('locality', ['sum', 'product'])
 @pytest.mark.parametrize('grid', [(5, 7), (1, 3), (4, 1)])
 def test_separate_factors(locality, grid):
     """Factors of a row times those of a column are those of the token."""
     options = (grid, locality, torch.float64, torch.device('cpu'))
     of_rows, of_columns = angles.separate_factors(*options)
-    # (h, 1, n, g) @ (h or 1, w, g, 1) -> (h, w, n, 1)
-    factors = of_rows[:, None] @ of_columns[..., None]
-    if locality == 'none':
-        expected = torch.ones(*grid, 1, 1).double()
-    else:
-        expected = angles.token_factors(*options).view(*grid, -1, 1)
-    assert relative_error(factors, expected) < 1e-15
+    # (h, 1, n, g) @ (w, g, 1) -> (h, w, n, 1) -> (h * w, n)
+    factors = (of_rows[:, None] @ of_columns[..., None]).flatten(0, 1)
+    expected = angles.token_factors(*options)
+    assert relative_error(factors.squeeze(-1), expected) < 1e-15
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ constexpr int ROWS = 4;
 #endif
 constexpr int CHUNK = 32;  // tokens of which the features fit into the L1 cache
 constexpr int BLOCK = 64;  // tokens after which sums are collected
-constexpr int TILE = 4;    // columns that a step of the convolution computes
+constexpr int TILE = 4;      // columns that a step of the convolution computes
 constexpr float CLAMP_MIN = 1e-4f, CLAMP_MAX = 1e4f;  // mmvvt/ops/clamp.py
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
@@ -140,6 +140,87 @@ inline ivec is_inside(vec v) {
   return (v >= CLAMP_MIN) & (v <= CLAMP_MAX);
 }
 
+// GELU is v * cdf(v), with the distribution function of the normal distribution;
+// its derivative is cdf(v) + v * density(v). Both are computed from functions of
+// |v|, because cdf(v) - 1/2 is odd.
+#ifdef __AVX512F__
+// Polynomials of degree 4 of a function on 31 intervals of [0, BOUND], and its
+// limit. A permutation finds the coefficients of each element in two registers.
+class Pieces {
+ public:
+  static constexpr int SIZE = 5;
+  static constexpr float BOUND = 5.75f, SCALE = 31 / BOUND;
+
+  template <typename Function>
+  Pieces(Function&& function, float limit) {
+    for (int i = 0; i < 32; ++i) {
+      // Newton's interpolation at the zeros of a Chebyshev polynomial
+      double x[SIZE], y[SIZE], p[SIZE] = {};
+      for (int j = 0; j < SIZE; ++j) {
+        x[j] = std::cos((j + 0.5) * M_PI / SIZE) / 2;
+        y[j] = function((i + x[j]) / SCALE);
+      }
+      for (int k = 1; k < SIZE; ++k)
+        for (int j = SIZE - 1; j >= k; --j)
+          y[j] = (y[j] - y[j - 1]) / (x[j] - x[j - k]);
+      for (int k = SIZE - 1; k >= 0; --k) {
+        for (int j = SIZE - 1; j > 0; --j) p[j] = p[j - 1] - x[k] * p[j];
+        p[0] = y[k] - x[k] * p[0];
+      }
+      for (int j = 0; j < SIZE; ++j) coefficients_[j][i] = i < 31 ? p[j] : 0;
+      if (i == 31) coefficients_[0][i] = limit;
+    }
+  }
+
+  // `index` is the number of the interval in its last five bits.
+  vec operator()(ivec index, vec fraction) const {
+    vec c[SIZE];
+    for (int j = 0; j < SIZE; ++j)
+      c[j] = (vec)_mm512_permutex2var_ps((__m512)load(coefficients_[j]),
+                                         (__m512i)index,
+                                         (__m512)load(coefficients_[j] + 16));
+    const vec square = fraction * fraction;
+    return (c[4] * square + (c[3] * fraction + c[2])) * square +
+           (c[1] * fraction + c[0]);
+  }
+
+ private:
+  float coefficients_[SIZE][32];
+};
+
+double half_cdf(double v) { return std::erf(v * M_SQRT1_2) / 2; }
+double half_slope(double v) {
+  return half_cdf(v) + v * std::exp(v * v / -2) / std::sqrt(2 * M_PI);
+}
+const Pieces HALF_CDF(half_cdf, 0.5f), HALF_SLOPE(half_slope, 0.5f);
+
+// Interval of |v|, and the position in it, from -1/2 to 1/2.
+inline void locate(vec v, ivec* index, vec* fraction) {
+  constexpr float MAGIC = 3 << 22;  // adding it rounds to a whole number
+  const vec scaled = magnitude(v) * Pieces::SCALE;
+  const vec bounded = scaled < 31.0f ? scaled : fill(31.0f);
+  const vec rounded = bounded + MAGIC;
+  *index = (ivec)rounded;
+  *fraction = bounded - (rounded - MAGIC);
+}
+
+// The absolute errors of GELU and of its derivative are below 4e-7.
+inline vec gelu(vec v) {
+  ivec index;
+  vec fraction;
+  locate(v, &index, &fraction);
+  return magnitude(v) * HALF_CDF(index, fraction) + v * 0.5f;
+}
+
+inline void gelu_with_slope(vec v, vec* out, vec* slope) {
+  ivec index;
+  vec fraction;
+  locate(v, &index, &fraction);
+  *out = magnitude(v) * HALF_CDF(index, fraction) + v * 0.5f;
+  const vec half = HALF_SLOPE(index, fraction);
+  *slope = (v < 0 ? -half : half) + 0.5f;
+}
+#else
 // exp(v) for v <= 0, relative error 2e-7. Below -87, the result is exp(-87).
 inline vec exponential(vec v) {
   v = v < -87.0f ? fill(-87.0f) : v;
@@ -158,9 +239,8 @@ inline vec exponential(vec v) {
   return series * (vec)((n + 127) << 23);
 }
 
-// Distribution function of the normal distribution; gelu(v) = v * phi(v). An
-// odd polynomial of degree 27 plus 1/2 inside [-5.25, 5.25], fitted to
-// (phi(v) - 1/2) / v by least squares with Lawson's weights; the absolute
+// An odd polynomial of degree 27 plus 1/2 inside [-5.25, 5.25], fitted to
+// (cdf(v) - 1/2) / v by least squares with Lawson's weights; the absolute
 // error in float32 is 1.6e-7.
 inline vec normal_cdf(vec v) {
   constexpr float BOUND = 5.25f;
@@ -181,6 +261,16 @@ inline vec normal_cdf(vec v) {
   phi = v > BOUND ? fill(1.0f) : phi;
   return v < -BOUND ? vec{} : phi;
 }
+
+inline vec gelu(vec v) { return v * normal_cdf(v); }
+
+inline void gelu_with_slope(vec v, vec* out, vec* slope) {
+  const vec cdf = normal_cdf(v);
+  *out = v * cdf;
+  // The density of the normal distribution, exp(-v^2 / 2) / sqrt(2 pi)
+  *slope = cdf + v * exponential(v * v * -0.5f) * 0.398942280f;
+}
+#endif
 
 inline int64_t round_up(int64_t number, int64_t step) {
   return (number + step - 1) / step * step;
@@ -381,6 +471,39 @@ void residual_backward(const X* grad, const T* branch, const float* gate,
   bias_sums.add_to(bias_grad);
 }
 
+// ---- sums of tokens and the gate ------------------------------------------
+
+template <typename T>
+void sum_tokens(const T* x, float* sums, int64_t tokens, int64_t channels,
+                int threads) {
+  Sums totals(channels, threads);
+  in_parts(tokens, threads, [&](int64_t t, int64_t last, int64_t i) {
+    for (; t < last; ++t) {
+      for (int64_t c = 0; c < channels; c += WIDTH) {
+        const int64_t left = channels - c;
+        float* total = totals.recent(i) + c;
+        store_part(total,
+                   load_part(total, left) + load_part(x + t * channels + c, left),
+                   left);
+      }
+      if (t % BLOCK == 0) totals.collect(i);
+    }
+  });
+  totals.add_to(sums);
+}
+
+// Product of a vector and each row of a matrix (rows, size).
+inline void multiply_rows(const float* matrix, const float* vector, float* out,
+                          int64_t rows, int64_t size) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < size; ++j)
+      total += matrix[i * size + j] * vector[j];
+    out[i] = total;
+  }
+}
+
 // ---- depthwise convolution and GELU -----------------------------------------
 
 // The rows that a 3x3 convolution reads to compute m rows, see Window in
@@ -448,7 +571,7 @@ void depthwise_tile(const Window<T>& in, int64_t image, int64_t row, int64_t x,
                    bias + c, mixed);
     for (int i = 0; i < (EDGE ? count : TILE); ++i)
       store(out + i * in.channels + c,
-            GELU ? mixed[i] * normal_cdf(mixed[i]) : mixed[i]);
+            GELU ? gelu(mixed[i]) : mixed[i]);
   }
 }
 
@@ -502,11 +625,10 @@ void depthwise_gelu_backward_tile(const Window<T>& in, int64_t image, int64_t ro
         continue;
       }
       const int64_t at = i * channels + c;
-      const vec v = mixed[i], cdf = normal_cdf(v);
-      // The density of the normal distribution, exp(-v^2 / 2) / sqrt(2 pi)
-      const vec density = exponential(v * v * -0.5f) * 0.398942280f;
-      store(active + at, v * cdf);
-      g[i] = load(grad + at) * (cdf + v * density);
+      vec out, slope;
+      gelu_with_slope(mixed[i], &out, &slope);
+      store(active + at, out);
+      g[i] = load(grad + at) * slope;
       store(mixed_grad + at, g[i]);
       total += g[i];
     }
@@ -595,16 +717,13 @@ void multiply(const float* a, int64_t a_row, int64_t a_col, const float* b,
 struct Heads {
   int64_t images, rows, width, heads, n, g, d;
   const float* of_rows;     // (m, n, g)
-  const float* of_columns;  // (w, g), or (m, w, g) with row_stride = w * g
-  int64_t row_stride;       // 0 if the columns of all rows have equal factors
+  const float* of_columns;  // (w, g)
 
   // Channels of a head and of its features, filled up to whole vectors.
   int64_t padded() const { return whole_vectors(d); }
   int64_t wide() const { return whole_vectors(g * d); }
   const float* row(int64_t i) const { return of_rows + i * n * g; }
-  const float* columns(int64_t i, int64_t x) const {
-    return of_columns + i * row_stride + x * g;
-  }
+  const float* column(int64_t x) const { return of_columns + x * g; }
 };
 
 // Features of `count` tokens of a head, (count, wide): channel i of block j is
@@ -669,25 +788,30 @@ inline void add_scaled(float* out, const float* in, float factor,
 struct Matrices {
   std::vector<float> values, transposed, column;
 
-  Matrices(const float* sums, const Heads& at)
+  Matrices(const float* sums, const Heads& at, bool clamp)
       : values(at.n * at.d * at.padded()),
         transposed(values.size()),
         column(at.n * at.d) {
     const int64_t d = at.d, padded = at.padded();
-    for (int64_t row = 0; row < at.n * d; ++row) {
+    for (int64_t row = 0; row < at.n * d; ++row, sums += d + 1) {
+      float* line = &values[row * padded];
+      std::copy(sums, sums + d, line);
+      if (clamp)
+        for (int64_t j = 0; j < padded; j += WIDTH)
+          store(line + j, magnitude_clamp(load(line + j)));
       for (int64_t j = 0; j < d; ++j)
-        values[row * padded + j] =
-            transposed[(row / d * padded + j) * d + row % d] =
-                sums[row * (d + 1) + j];
-      column[row] = sums[row * (d + 1) + d];
+        transposed[(row / d * padded + j) * d + row % d] = line[j];
+      column[row] = sums[d];
     }
   }
 };
 
-std::vector<Matrices> all_matrices(const float* sums, const Heads& at) {
+// If `clamp`, the sums are clamped, except for the last column.
+std::vector<Matrices> all_matrices(const float* sums, const Heads& at,
+                                   bool clamp) {
   std::vector<Matrices> all;
   for (int64_t i = 0; i < at.images * at.heads; ++i)
-    all.emplace_back(sums + i * at.n * at.d * (at.d + 1), at);
+    all.emplace_back(sums + i * at.n * at.d * (at.d + 1), at, clamp);
   return all;
 }
 
@@ -835,7 +959,7 @@ void sum_products(const T* keys, const T* values, int64_t stride, float* sums,
         for (int64_t x = first; x < last; x += CHUNK) {
           const int64_t count = std::min<int64_t>(CHUNK, last - x);
           features(of_token(keys, stride, at, image, row, x, head), stride,
-                   at.columns(row, x), count, at, nullptr, wide.data(),
+                   at.column(x), count, at, nullptr, wide.data(),
                    nullptr);
           gather(of_token(values, stride, at, image, row, x, head), stride,
                  count, at, narrow.data());
@@ -851,7 +975,7 @@ void sum_products(const T* keys, const T* values, int64_t stride, float* sums,
 template <typename X, typename T>
 void attend(const X* queries, int64_t stride, const float* sums, bool clamp,
             float eps, T* out, const Heads& at, int threads) {
-  const std::vector<Matrices> all = all_matrices(sums, at);
+  const std::vector<Matrices> all = all_matrices(sums, at, clamp);
   const int64_t reduced = at.heads * at.d, padded = at.padded();
   over_rows(at, threads, [&](int64_t) {
     return [&, wide = std::vector<float>(CHUNK * at.wide()),
@@ -864,7 +988,7 @@ void attend(const X* queries, int64_t stride, const float* sums, bool clamp,
         for (int64_t x = first; x < last; x += CHUNK) {
           const int64_t count = std::min<int64_t>(CHUNK, last - x);
           features(of_token(queries, stride, at, image, row, x, head), stride,
-                   at.columns(row, x), count, at, matrix.column.data(),
+                   at.column(x), count, at, matrix.column.data(),
                    wide.data(), weight);
           multiply(wide.data(), at.wide(), 1, matrix.values.data(), padded,
                    top.data(), padded, whole_rows(count), padded, at.g * at.d);
@@ -892,7 +1016,7 @@ void attend_backward(const T* queries, int64_t stride, const float* sums,
                      bool clamp, float eps, const T* grad, T* out,
                      T* query_grad, float* sums_grad, const Heads& at,
                      int threads) {
-  const std::vector<Matrices> all = all_matrices(sums, at);
+  const std::vector<Matrices> all = all_matrices(sums, at, clamp);
   const int64_t reduced = at.heads * at.d, padded = at.padded();
   const int64_t size = at.wide();
   ProductSums totals(at, threads);
@@ -911,7 +1035,7 @@ void attend_backward(const T* queries, int64_t stride, const float* sums,
         for (int64_t x = first; x < last; x += CHUNK) {
           const int64_t count = std::min<int64_t>(CHUNK, last - x);
           const T* tokens = of_token(queries, stride, at, image, row, x, head);
-          const float* factors = at.columns(row, x);
+          const float* factors = at.column(x);
           features(tokens, stride, factors, count, at, matrix.column.data(),
                    wide.data(), weight);
           multiply(wide.data(), size, 1, matrix.values.data(), padded,
@@ -961,7 +1085,7 @@ template <typename T>
 void sum_products_backward(const T* keys, const T* values, int64_t stride,
                            const float* sums_grad, T* key_grad, T* value_grad,
                            const Heads& at, int threads) {
-  const std::vector<Matrices> all = all_matrices(sums_grad, at);
+  const std::vector<Matrices> all = all_matrices(sums_grad, at, false);
   const int64_t padded = at.padded(), size = at.wide();
   over_rows(at, threads, [&](int64_t) {
     return [&, wide = std::vector<float>(CHUNK * size),
@@ -973,7 +1097,7 @@ void sum_products_backward(const T* keys, const T* values, int64_t stride,
         for (int64_t x = first; x < last; x += CHUNK) {
           const int64_t count = std::min<int64_t>(CHUNK, last - x);
           const T* tokens = of_token(keys, stride, at, image, row, x, head);
-          const float* factors = at.columns(row, x);
+          const float* factors = at.column(x);
           gather(of_token(values, stride, at, image, row, x, head), stride,
                  count, at, narrow.data());
           multiply(narrow.data(), padded, 1, matrix.transposed.data(), size,
@@ -1088,6 +1212,31 @@ void mmvvt_residual_backward(const void* grad, bool x_half, const void* branch,
   });
 }
 
+// x: (p, C). sums: (C), which the sums of the tokens are added to. C is a multiple
+// of 8: the projections have 3 * heads * d channels.
+void mmvvt_sum_tokens(const void* x, bool half, float* sums, int64_t tokens,
+                      int64_t channels, int threads) {
+  with_type(half, [&](auto type) {
+    using T = decltype(type);
+    sum_tokens((const T*)x, sums, tokens, channels, threads);
+  });
+}
+
+// mean, gate: (b, C). squeeze: (S, C). excite: (C, S). hidden: (b, S). One
+// thread: with more, they would wait for each other longer than they compute.
+void mmvvt_gate(const float* mean, const float* squeeze, const float* excite,
+                float* hidden, float* gate, int64_t images, int64_t channels,
+                int64_t size, int) {
+  for (int64_t i = 0; i < images; ++i) {
+    float* inner = hidden + i * size;
+    float* out = gate + i * channels;
+    multiply_rows(squeeze, mean + i * channels, inner, size, channels);
+    for (int64_t j = 0; j < size; ++j) inner[j] = inner[j] < 0 ? 0 : inner[j];
+    multiply_rows(excite, inner, out, channels, size);
+    for (int64_t c = 0; c < channels; ++c) out[c] = 1 / (1 + std::exp(-out[c]));
+  }
+}
+
 // above, strip, top: see Window. weight: (9, D). bias: (D). out: (b, m, w, D).
 void mmvvt_depthwise(const void* above, int64_t above_rows, const void* strip,
                      int64_t strip_rows, bool top, bool half,
@@ -1121,20 +1270,19 @@ void mmvvt_depthwise_gelu_backward(
   });
 }
 
-// The attention of strips (b, m, w, .): of_rows: (m, n, g), of_columns: (w, g) or
-// (m, w, g), see Heads. keys, values: (b, m, w, heads * d), tokens stride apart.
+// The attention of strips (b, m, w, .): of_rows: (m, n, g), of_columns: (w, g), see
+// Heads. keys, values: (b, m, w, heads * d), tokens stride apart.
 // sums: (b, heads, n * d, d + 1), which the products are added to.
 void mmvvt_sum_products(const void* keys, const void* values, bool half,
                         int64_t stride, float* sums, int64_t images,
                         int64_t rows, int64_t width, int64_t heads, int64_t n,
                         int64_t g, int64_t d, const float* of_rows,
-                        const float* of_columns, int64_t row_stride,
-                        int threads) {
+                        const float* of_columns, int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
     sum_products((const T*)keys, (const T*)values, stride, sums,
                  Heads{images, rows, width, heads, n, g, d, of_rows,
-                       of_columns, row_stride},
+                       of_columns},
                  threads);
   });
 }
@@ -1144,54 +1292,51 @@ void mmvvt_sum_products_backward(
     const void* keys, const void* values, bool half, int64_t stride,
     const float* sums_grad, void* key_grad, void* value_grad, int64_t images,
     int64_t rows, int64_t width, int64_t heads, int64_t n, int64_t g, int64_t d,
-    const float* of_rows, const float* of_columns, int64_t row_stride,
-    int threads) {
+    const float* of_rows, const float* of_columns, int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
     sum_products_backward((const T*)keys, (const T*)values, stride, sums_grad,
                           (T*)key_grad, (T*)value_grad,
                           Heads{images, rows, width, heads, n, g, d, of_rows,
-                                of_columns, row_stride},
+                       of_columns},
                           threads);
   });
 }
 
 // queries: (b, m, w, heads * d), tokens stride apart. sums:
-// (b, heads, n * d, d + 1), after the clamp. out: (b, m, w, heads * d).
+// (b, heads, n * d, d + 1), before the clamp. out: (b, m, w, heads * d).
 void mmvvt_attend(const void* queries, bool x_half, int64_t stride,
                   const float* sums, bool clamp, float eps, void* out,
                   bool half, int64_t images, int64_t rows, int64_t width,
                   int64_t heads, int64_t n, int64_t g, int64_t d,
-                  const float* of_rows, const float* of_columns,
-                  int64_t row_stride, int threads) {
+                  const float* of_rows, const float* of_columns, int threads) {
   with_type(x_half, [&](auto x_type) {
     with_type(half, [&](auto type) {
       using X = decltype(x_type);
       using T = decltype(type);
       attend((const X*)queries, stride, sums, clamp, eps, (T*)out,
-             Heads{images, rows, width, heads, n, g, d, of_rows, of_columns,
-                   row_stride},
+             Heads{images, rows, width, heads, n, g, d, of_rows,
+                       of_columns},
              threads);
     });
   });
 }
 
 // grad, out: (b, m, w, heads * d). query_grad: like queries. sums_grad: like
-// sums; it is added to.
+// sums; the gradient of the clamped sums is added to it.
 void mmvvt_attend_backward(const void* queries, bool half, int64_t stride,
                            const float* sums, bool clamp, float eps,
                            const void* grad, void* out, void* query_grad,
                            float* sums_grad, int64_t images, int64_t rows,
                            int64_t width, int64_t heads, int64_t n, int64_t g,
                            int64_t d, const float* of_rows,
-                           const float* of_columns, int64_t row_stride,
-                           int threads) {
+                           const float* of_columns, int threads) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
     attend_backward((const T*)queries, stride, sums, clamp, eps,
                     (const T*)grad, (T*)out, (T*)query_grad, sums_grad,
                     Heads{images, rows, width, heads, n, g, d, of_rows,
-                          of_columns, row_stride},
+                       of_columns},
                     threads);
   });
 }

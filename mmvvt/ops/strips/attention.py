@@ -10,13 +10,11 @@ backward pass; recomputing the other activations is faster than storing them.
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..angles import NUM_FACTORS
 from ..autograd import needs_custom_backward, without_autocast
 from ..clamp import mask_clamp_grad
-from ..linear import clamp_sums
 from .common import (
     GradSums,
     all_strips,
@@ -24,7 +22,6 @@ from .common import (
     dtype_of_strips,
     linear,
     sum_dtype,
-    sum_pixels,
     to_images,
 )
 from .native_ops import select_ops
@@ -84,21 +81,6 @@ class AttentionSettings(NamedTuple):
     clamp: bool
     eps: float
     norm_eps: float
-
-
-def _gate(mean: Tensor, weights: AttentionWeights) -> Tuple[Tensor, Tensor]:
-    """Compute the channel gate from the mean of the normalised tokens.
-
-    Args:
-        mean (Tensor): Mean of shape ``(B, C)``.
-        weights (AttentionWeights): Weights of the branch.
-
-    Returns:
-        tuple[Tensor, Tensor]: Hidden activations of shape ``(B, S)`` and gate
-        of shape ``(B, C)``.
-    """
-    hidden = F.linear(mean, weights.squeeze_weight).relu_()
-    return hidden, F.linear(hidden, weights.excite_weight).sigmoid_()
 
 
 def _forward(
@@ -164,8 +146,7 @@ def _forward(
             queries = out[images, rows, :, :reduced_dims]
             qkv = queries.copy_(qkv[..., :reduced_dims])
         projected.append(qkv)
-    clamped_sums = clamp_sums(sums, clamp)
-    _, gate = _gate(token_sum / (height * width), weights)
+    _, gate = ops.gate(token_sum / (height * width), *weights[6:])
 
     # The outputs of the output projection are saved, because the gradient
     # masks of the following clamps depend on them.
@@ -174,7 +155,7 @@ def _forward(
         merged = ops.attend(
             qkv[..., :reduced_dims],
             ops.factors(rows, *of_grid),
-            clamped_sums[images],
+            sums[images],
             clamp,
             settings.eps,
             dtype,
@@ -227,14 +208,13 @@ class _AttentionBranch(torch.autograd.Function):
         strips = all_strips(batch, height, width, 2 * heads * sums.shape[2])
         projected = saved[number : number + len(strips)]
         branches = saved[number + len(strips) :]
-        clamped_sums = clamp_sums(sums, clamp)
         mean = token_sum / (height * width)
-        hidden, gate = _gate(mean, weights)
         from_out = weights.out_weight.t().contiguous()  # (R, C)
         from_qkv = weights.qkv_weight.t().contiguous()  # (C, 3 * R)
 
         grads = GradSums()
         ops = select_ops(x, dtype, x.shape[-1], reduced_dims // heads)
+        hidden, gate = ops.gate(mean, *weights[6:])
         grad_sums = torch.zeros_like(sums)
         grad_gate = torch.zeros_like(gate)
         of_grid = ((height, width), settings.locality, sums.dtype, x.device)
@@ -253,7 +233,7 @@ class _AttentionBranch(torch.autograd.Function):
             merged = ops.attend_backward(
                 projected[i][..., :reduced_dims],
                 ops.factors(rows, *of_grid),
-                clamped_sums[images],
+                sums[images],
                 clamp,
                 settings.eps,
                 linear(branch_grad, from_out),  # (b, m, w, R)
@@ -290,7 +270,7 @@ class _AttentionBranch(torch.autograd.Function):
                 settings.norm_eps,
                 dtype,
             )
-            grads.add('qkv_bias', sum_pixels(qkv_grad))
+            grads.add('qkv_bias', ops.sum_pixels(qkv_grad))
             grads.add_product('qkv_weight', qkv_grad, normed)
             ops.layer_norm_backward(
                 tokens,

@@ -20,7 +20,6 @@ from .common import (
     dtype_of_strips,
     linear,
     sum_dtype,
-    sum_pixels,
     to_images,
 )
 from .native_ops import select_ops
@@ -182,7 +181,7 @@ class _MLPBranch(torch.autograd.Function):
                         linear(branch_grad, to_hidden),  # (b, m, w, D)
                     )
                 )
-                grads.add('fc2_bias', sum_pixels(branch_grad))
+                grads.add('fc2_bias', ops.sum_pixels(branch_grad))
                 grads.add_product('fc2_weight', branch_grad, active)
                 grads.add('dwconv_weight', weight_grad)
                 grads.add('dwconv_bias', bias_grad)
@@ -193,7 +192,7 @@ class _MLPBranch(torch.autograd.Function):
                 hidden_grad = ops.depthwise(mixed, flipped, None)
                 tokens = x[images, rows]
                 normed, statistics = ops.layer_norm(tokens, *norm, dtype)
-                grads.add('fc1_bias', sum_pixels(hidden_grad))
+                grads.add('fc1_bias', ops.sum_pixels(hidden_grad))
                 grads.add_product('fc1_weight', hidden_grad, normed)
                 ops.layer_norm_backward(
                     tokens,

@@ -13,12 +13,15 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..angles import separate_factors
+from ..angles import separate_factors, token_factors
 from ..native import load
 from .common import GradSums, Window, has_kernels, sum_dtype
 from .torch_ops import TorchOps
 
 logger = logging.getLogger('mmvvt')
+
+# Rows of fewer tokens are not multiplied separately.
+LEAST_WIDTH = 16
 
 # Arguments of the kernels: pointer, flag, float, 64-bit and 32-bit integer.
 _TYPES = dict(
@@ -33,24 +36,30 @@ _SIGNATURES = dict(
     mmvvt_layer_norm_backward='pbpbpppfpppiiin',
     mmvvt_residual='pbpbpbppiiin',
     mmvvt_residual_backward='pbpbpbppppiiin',
+    mmvvt_sum_tokens='pbpiin',
+    mmvvt_gate='pppppiiin',
     mmvvt_depthwise='pipibbppbpiiiin',
     mmvvt_depthwise_gelu_backward='pipibbppppppiiiin',
-    mmvvt_sum_products='ppbipiiiiiiippin',
-    mmvvt_sum_products_backward='ppbipppiiiiiiippin',
-    mmvvt_attend='pbipbfpbiiiiiiippin',
-    mmvvt_attend_backward='pbipbfppppiiiiiiippin',
+    mmvvt_sum_products='ppbipiiiiiiippn',
+    mmvvt_sum_products_backward='ppbipppiiiiiiippn',
+    mmvvt_attend='pbipbfpbiiiiiiippn',
+    mmvvt_attend_backward='pbipbfppppiiiiiiippn',
 )
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel(name: str) -> Any:
+    library: Any = load()[0]
+    function = getattr(library, name)
+    function.restype = None
+    function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
+    return function
 
 
 def _call(name: str, *arguments: Any) -> None:
     """Call a kernel; tensors are passed as pointers to their memory."""
-    library: Any = load()[0]
-    function = getattr(library, name)
-    if function.argtypes is None:
-        function.restype = None
-        function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
-    function(
-        *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments),
+    _kernel(name)(
+        *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments],
         torch.get_num_threads(),
     )
 
@@ -69,28 +78,25 @@ def _zeros(*shape: int) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """Vicinity factors of a strip, see :func:`separate_factors`.
+    """Vicinity factors of a strip.
 
     Attributes:
         of_rows (Tensor): Table of shape ``(m, n, g)``.
-        of_columns (Tensor): Table of shape ``(m, w, g)`` or ``(1, w, g)``.
+        of_columns (Tensor): Table of shape ``(w, g)``. The factors of the
+            token in row i and column j are ``of_rows[i] @ of_columns[j]``.
     """
 
     of_rows: Tensor
     of_columns: Tensor
 
 
-def _sizes(x: Tensor, heads: int, head_dims: int, factors: Factors) -> tuple:
+def _sizes(images: int, heads: int, head_dims: int, factors: Factors) -> tuple:
     """Last arguments of the kernels of the attention."""
     of_rows, of_columns = factors
+    rows, n, g = of_rows.shape
     return (
-        *x.shape[:3],
-        heads,
-        *of_rows.shape[1:],
-        head_dims,
-        of_rows,
-        of_columns,
-        of_columns.stride(0) if len(of_columns) > 1 else 0,
+        *(images, rows, len(of_columns), heads, n, g, head_dims),
+        *(of_rows, of_columns),
     )
 
 
@@ -221,9 +227,42 @@ class NativeOps(TorchOps):
         )
         return out, bias_grad
 
+    def sum_pixels(self, x: Tensor) -> Tensor:
+        sums = _zeros(x.shape[-1])
+        _call(
+            'mmvvt_sum_tokens',
+            x,
+            _is_half(x),
+            sums,
+            math.prod(x.shape[:-1]),
+            x.shape[-1],
+        )
+        return sums
+
+    def gate(
+        self, mean: Tensor, squeeze: Tensor, excite: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        images, channels = mean.shape
+        hidden, gate = _zeros(images, len(squeeze)), _zeros(images, channels)
+        _call(
+            'mmvvt_gate',
+            mean,
+            _floats(squeeze),
+            _floats(excite),
+            hidden,
+            gate,
+            images,
+            channels,
+            len(squeeze),
+        )
+        return hidden, gate
+
     def depthwise(
         self, window: Window, weight: Tensor, bias: Optional[Tensor]
     ) -> Tensor:
+        if window.top and window.bottom:
+            # Without rows to join, oneDNN is faster.
+            return super().depthwise(window, weight, bias)
         out = self.workspace.take('mixed', window.strip, *window.shape)
         self._convolve(window, weight, bias, False, out)
         return out
@@ -286,12 +325,23 @@ class NativeOps(TorchOps):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Factors:
-        of_rows, of_columns = separate_factors(
-            spatial_shape, locality, torch.float32, device
+        if locality in ('sum', 'product') and spatial_shape[1] >= LEAST_WIDTH:
+            of_rows, of_columns = separate_factors(
+                spatial_shape, locality, torch.float32, device
+            )
+            return Factors(of_rows[rows], of_columns)
+        # All tokens of the strip are one row.
+        tokens = slice(
+            *(i * spatial_shape[1] for i in (rows.start, rows.stop))
         )
-        if len(of_columns) > 1:
-            of_columns = of_columns[rows]
-        return Factors(of_rows[rows], of_columns)
+        if locality == 'none':
+            factors = _zeros(tokens.stop - tokens.start, 1) + 1
+        else:
+            factors = token_factors(
+                spatial_shape, locality, torch.float32, device
+            )[tokens]
+        unit = torch.eye(factors.shape[1], dtype=torch.float32, device=device)
+        return Factors(unit[None], factors)
 
     def sum_products(
         self, qkv: Tensor, factors: Factors, num_heads: int, sums: Tensor
@@ -304,7 +354,7 @@ class NativeOps(TorchOps):
             _is_half(qkv),
             qkv.stride(2),
             sums,
-            *_sizes(qkv, num_heads, k.shape[-1] // num_heads, factors),
+            *_sizes(len(qkv), num_heads, k.shape[-1] // num_heads, factors),
         )
 
     def sum_products_backward(
@@ -326,7 +376,7 @@ class NativeOps(TorchOps):
             sums_grad,
             k_out,
             v_out,
-            *_sizes(qkv, num_heads, k.shape[-1] // num_heads, factors),
+            *_sizes(len(qkv), num_heads, k.shape[-1] // num_heads, factors),
         )
 
     def attend(
@@ -349,7 +399,7 @@ class NativeOps(TorchOps):
             eps,
             merged,
             _is_half(merged),
-            *_sizes(q, sums.shape[1], sums.shape[3] - 1, factors),
+            *_sizes(len(q), sums.shape[1], sums.shape[3] - 1, factors),
         )
         return merged
 
@@ -377,7 +427,7 @@ class NativeOps(TorchOps):
             merged,
             q_grad,
             sums_grad,
-            *_sizes(q, sums.shape[1], sums.shape[3] - 1, factors),
+            *_sizes(len(q), sums.shape[1], sums.shape[3] - 1, factors),
         )
         return merged
 
@@ -394,14 +444,14 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
         values = torch.sin(index * (seed + 1.1)).bfloat16()
         return values.to(dtype).view(shape)
 
-    x, weight, bias = numbers(1, 1, 3, 5, 48), *numbers(2, 2, 48)
+    x, weight, bias = numbers(1, 1, 3, 17, 48), *numbers(2, 2, 48)
     norm = (weight.to(sums_of), bias.to(sums_of), 1e-6)
     normed, statistics = ops.layer_norm(x, *norm, dtype)
     grads, x_grad = GradSums(), torch.zeros_like(x)
     ops.layer_norm_backward(
         x, numbers(3, *x.shape), None, x, *norm, statistics, x_grad, grads
     )
-    window = Window(numbers(9, 1, 2, 5, 48), x, False, True)
+    window = Window(numbers(9, 1, 2, 17, 48), x, False, True)
     conv = (window, numbers(4, 48, 1, 3, 3), bias)
     grad = numbers(5, *window.shape)
     active = ops.depthwise_gelu(*conv).clone()
@@ -409,8 +459,8 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     conv_grads = ops.depthwise_gelu_backward(*conv, grad)
 
     # Two heads of 24 channels
-    qkv = numbers(6, 1, 3, 5, 144)
-    factors = ops.factors(slice(0, 3), (3, 5), 'sum', sums_of, x.device)
+    qkv = numbers(6, 1, 3, 17, 144)
+    factors = ops.factors(slice(0, 3), (3, 17), 'sum', sums_of, x.device)
     sums = x.new_zeros(1, 2, 96, 25, dtype=sums_of)
     ops.sum_products(qkv, factors, 2, sums)
     attend = (qkv[..., :48], factors, sums, True, 1e-4)
@@ -421,7 +471,9 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     )
     ops.sum_products_backward(qkv, factors, 2, sums_grad, qkv_grad)
 
-    gate = numbers(8, 1, 48).to(sums_of)
+    layers = numbers(8, 12, 48), numbers(10, 48, 12)
+    mean = 4 * numbers(12, 1, 48).to(sums_of)
+    hidden, gate = ops.gate(mean, *(t.to(sums_of) for t in layers))
     gate_grad = torch.zeros_like(gate)
     gated = (gate, True, None)
     out = torch.zeros_like(x)
@@ -430,7 +482,7 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
     return [
         *(normed, x_grad, *grads.of(('norm_weight', 'norm_bias')), active),
         *(mixed, *conv_grads, sums, merged, qkv_grad, sums_grad),
-        *(gate_grad, *branch_grads, out),
+        *(hidden, gate, gate_grad, *branch_grads, out, ops.sum_pixels(x)),
     ]
 
 

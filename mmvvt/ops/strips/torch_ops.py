@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ..angles import axis_factors, combine_factors, token_factors
 from ..clamp import clamp_in_place, mask_clamp_grad
-from ..linear import divide, divide_backward
+from ..linear import clamp_sums, divide, divide_backward
 from .common import (
     GradSums,
     Window,
     Workspace,
     sum_dtype,
-    sum_pixels,
     to_channels,
     to_pixels,
 )
@@ -208,7 +207,7 @@ class TorchOps:
         branch_grad.addcmul_(branch_grad, image_gate)
         if clamp:
             mask_clamp_grad(branch_grad, branch)
-        return branch_grad, sum_pixels(branch_grad)
+        return branch_grad, self.sum_pixels(branch_grad)
 
     def _joined(self, window: Window) -> Tuple[Tensor, int]:
         """Join the rows of a window.
@@ -239,6 +238,35 @@ class TorchOps:
         if bottom:
             joined[:, -1] = 0
         return joined, 0
+
+    def sum_pixels(self, x: Tensor) -> Tensor:
+        """Sum over images, rows and columns.
+
+        Args:
+            x (Tensor): Tokens of shape ``(b, m, w, C)``.
+
+        Returns:
+            Tensor: Sums of shape ``(C, )``, in float32 or higher precision.
+        """
+        # (b, m, w, C) -> (b * m * w, C) -> (C, )
+        return x.flatten(0, 2).sum(dim=0, dtype=sum_dtype(x.dtype))
+
+    def gate(
+        self, mean: Tensor, squeeze: Tensor, excite: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """Compute the channel gate from the mean of the normalised tokens.
+
+        Args:
+            mean (Tensor): Mean of shape ``(B, C)``.
+            squeeze (Tensor): Weight of the first layer, ``(S, C)``.
+            excite (Tensor): Weight of the second layer, ``(C, S)``.
+
+        Returns:
+            tuple[Tensor, Tensor]: Hidden activations of shape ``(B, S)`` and
+            gate of shape ``(B, C)``.
+        """
+        hidden = F.linear(mean, squeeze).relu_()
+        return hidden, F.linear(hidden, excite).sigmoid_()
 
     def depthwise(
         self, window: Window, weight: Tensor, bias: Optional[Tensor]
@@ -445,7 +473,7 @@ class TorchOps:
         Args:
             q (Tensor): Queries of shape ``(b, m, w, R)``.
             factors: Result of :meth:`factors` for this strip.
-            sums (Tensor): Key-value sums ``(b, heads, n * d, d + 1)`` after
+            sums (Tensor): Key-value sums ``(b, heads, n * d, d + 1)`` before
                 the clamp.
             clamp (bool): Whether to apply the clamps.
             eps (float): Value added to the sum of weights.
@@ -458,7 +486,8 @@ class TorchOps:
         queries = split_heads(q, sums.shape[1]).to(sums.dtype)
         # (b, heads, p, n * d) @ (b, heads, n * d, d + 1)
         # -> (b, heads, p, d + 1)
-        products = self._features(queries.relu(), factors) @ sums
+        clamped = clamp_sums(sums, clamp)
+        products = self._features(queries.relu(), factors) @ clamped
         merge_heads(divide(products, clamp, eps), merged)
         return merged
 
@@ -492,6 +521,7 @@ class TorchOps:
         num_heads = sums.shape[1]
         queries = split_heads(q, num_heads).to(sums.dtype).relu()
         features = self._features(queries, factors)
+        sums = clamp_sums(sums, clamp)
         # (b, heads, p, d + 1) and (b, heads, p, d)
         products_grad, divided = divide_backward(
             # A copy, because divide_backward modifies it in place.
