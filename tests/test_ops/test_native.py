@@ -664,6 +664,13 @@ def test_compiled_once(cached_file, tmp_path):
 
 
 @needs_kernels
+def test_other_options_of_the_compiler(cached_file, tmp_path):
+    """A library that was compiled with other options is not used."""
+    assert run_script(tmp_path, CXX='g++ -g')[0] == 'True | '
+    assert len(cached(tmp_path)) == 2
+
+
+@needs_kernels
 def test_second_openmp_library(tmp_path):
     """scikit-learn has a libgomp of its own; that of PyTorch is used."""
     script = 'import sklearn.svm\n' + SCRIPT

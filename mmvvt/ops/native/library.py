@@ -148,6 +148,7 @@ def _compile() -> ctypes.CDLL:
     key = '\n'.join(
         [
             SOURCE.read_text(encoding='utf-8'),
+            *compiler,
             *FLAGS,
             version,
             openmp,
