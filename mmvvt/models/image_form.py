@@ -137,11 +137,11 @@ class _ImageBlock(nn.Module):
             _convolution(mlp.fc2),
         )
 
-    def _features(self, t: Tensor, factors: Tensor, heads: int) -> Tensor:
-        # (B, heads * d, h, w) -> (B, heads, 1, d, N)
-        t = t.reshape(t.shape[0], heads, 1, t.shape[1] // heads, -1)
-        # * (n, 1, N) -> (B, heads, n, d, N) -> (B, heads, n * d, N)
-        return (t * factors).flatten(2, 3)
+    def _split(self, t: Tensor) -> Tensor:
+        batch, channels, height, width = t.shape
+        heads = self.num_heads
+        # (B, heads * d, h, w) -> (B * heads, d, N)
+        return t.reshape(batch * heads, channels // heads, height * width)
 
     def _attend(self, x: Tensor) -> Tensor:
         clamp = _magnitude_clamp if self.clamp else nn.Identity()
@@ -152,28 +152,29 @@ class _ImageBlock(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         batch, channels, height, width = q.shape
-        heads = self.num_heads
-        factors = q.new_ones(1, 1, 1)
+        # Images and heads are one dimension: a product with more dimensions is
+        # exported with a copy of both tensors.
+        q, k, v = self._split(q), self._split(k), self._split(v)
         if self.locality != 'none':
             factors = token_factors(
                 (height, width), self.locality, dtype, q.device
             )
             factors = factors.t()[:, None]  # (N, n) -> (n, 1, N)
-        k = self._features(k, factors, heads)  # (B, heads, n * d, N)
-        q = self._features(q, factors, heads)  # (B, heads, n * d, N)
-        # (B, heads * d, h, w) -> (B, heads, d, N) -> (B, heads, d + 1, N)
-        v = v.reshape(batch, heads, channels // heads, -1)
-        v = F.pad(v, (0, 0, 0, 1), value=1.0)
+            # (B * heads, 1, d, N) * (n, 1, N) -> (B * heads, n, d, N)
+            # -> (B * heads, n * d, N)
+            q = (q[:, None] * factors).flatten(1, 2)
+            k = (k[:, None] * factors).flatten(1, 2)
+        v = F.pad(v, (0, 0, 0, 1), value=1.0)  # (B * heads, d + 1, N)
 
-        sums = v @ k.transpose(-2, -1)  # (B, heads, d + 1, n * d)
+        sums = torch.bmm(v, k.transpose(1, 2))  # (B * heads, d + 1, n * d)
         # The sums of keys, in the last row, are not clamped.
-        sums = torch.cat([clamp(sums[:, :, :-1]), sums[:, :, -1:]], dim=2)
-        products = sums @ q  # (B, heads, d + 1, N)
-        normaliser = (products[:, :, -1:] + self.eps).reciprocal()
+        sums = torch.cat([clamp(sums[:, :-1]), sums[:, -1:]], dim=1)
+        products = torch.bmm(sums, q)  # (B * heads, d + 1, N)
+        normaliser = (products[:, -1:] + self.eps).reciprocal()
         if self.clamp:  # It is positive.
             normaliser = normaliser.clamp(CLAMP_MIN, CLAMP_MAX)
-        out = clamp(clamp(products[:, :, :-1]) * normaliser)
-        # (B, heads, d, N) -> (B, heads * d, h, w)
+        out = clamp(clamp(products[:, :-1]) * normaliser)
+        # (B * heads, d, N) -> (B, heads * d, h, w)
         out = out.reshape(batch, channels, height, width).to(x.dtype)
         out = clamp(self.out_proj(out))
         return clamp(out + out * gate)
