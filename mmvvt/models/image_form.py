@@ -26,22 +26,47 @@ from .strips import LAYERS
 from .vvt import VVT, PatchEmbed, VVTBlock
 
 NORMS = ('tokens', 'channels')
+# Hidden channels of a part of an MLP, per channel of its input. The published
+# models have 8 in the first two stages, and 4 in the others.
+PART_RATIO = 4
 PATCH_EMBED = dict(proj=StockLayer(nn.Conv2d), norm=StockLayer(nn.LayerNorm))
 
 
-def _convolution(layer: nn.Linear) -> nn.Conv2d:
-    """Return a 1x1 convolution that shares the weights of a linear layer."""
-    out_channels, in_channels = layer.weight.shape
-    convolution = nn.Conv2d(in_channels, out_channels, 1, device='meta')
-    # (C_out, C_in) -> (C_out, C_in, 1, 1)
-    convolution.weight = nn.Parameter(
-        layer.weight[:, :, None, None], requires_grad=False
+def _convolution(
+    weight: Tensor, bias: Optional[Tensor], padding: int = 0, groups: int = 1
+) -> nn.Conv2d:
+    """Return a convolution with weights that are not copied.
+
+    Args:
+        weight (Tensor): Weight of shape ``(C_out, C_in / groups, k, k)``.
+        bias (Tensor, optional): Bias of shape ``(C_out, )``.
+        padding (int): Padding. Defaults to 0.
+        groups (int): Number of groups. Defaults to 1.
+
+    Returns:
+        nn.Conv2d: The convolution.
+    """
+    convolution = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        weight.shape[2],
+        padding=padding,
+        groups=groups,
+        device='meta',
     )
-    bias: Optional[Tensor] = layer.bias
+    convolution.weight = nn.Parameter(weight.detach(), requires_grad=False)
     convolution.bias = (
-        None if bias is None else nn.Parameter(bias, requires_grad=False)
+        None
+        if bias is None
+        else nn.Parameter(bias.detach(), requires_grad=False)
     )
     return convolution
+
+
+def _pointwise(layer: nn.Linear) -> nn.Conv2d:
+    """Return a 1x1 convolution that shares the weights of a linear layer."""
+    # (C_out, C_in) -> (C_out, C_in, 1, 1)
+    return _convolution(layer.weight[:, :, None, None], layer.bias)
 
 
 def _magnitude_clamp(t: Tensor) -> Tensor:
@@ -108,6 +133,40 @@ def _image_norm(layer: Any, norm: str) -> nn.Module:
     return _TokenNorm(layer)
 
 
+def _mlp_parts(mlp: Any) -> nn.ModuleList:
+    """Split an MLP into parts, the outputs of which are added.
+
+    Hidden channels are independent of each other. An engine stores the hidden
+    activations of the whole image, those of a part in less memory.
+
+    Args:
+        mlp (ConvMLP): MLP with C channels and D hidden channels.
+
+    Returns:
+        nn.ModuleList: Parts with up to ``PART_RATIO * C`` hidden channels.
+    """
+    dwconv = mlp.dwconv.dwconv
+    size = PART_RATIO * mlp.fc1.weight.shape[1]
+    parts = nn.ModuleList()
+    for first in range(0, mlp.fc1.weight.shape[0], size):
+        part = slice(first, first + size)
+        weight = dwconv.weight[part]
+        parts.append(
+            nn.Sequential(
+                _convolution(
+                    mlp.fc1.weight[part, :, None, None], mlp.fc1.bias[part]
+                ),
+                _convolution(weight, dwconv.bias[part], 1, len(weight)),
+                mlp.act,
+                _convolution(
+                    mlp.fc2.weight[:, part, None, None],
+                    mlp.fc2.bias if first == 0 else None,
+                ),
+            )
+        )
+    return parts
+
+
 class _ImageBlock(nn.Module):
     """A :class:`VVTBlock` with its stock layers, on images."""
 
@@ -119,23 +178,18 @@ class _ImageBlock(nn.Module):
         self.clamp = attn.clamp
         self.eps = attn.eps
         self.norm1 = _image_norm(block.norm1, norm)
-        self.q_proj = _convolution(attn.q_proj)
-        self.k_proj = _convolution(attn.k_proj)
-        self.v_proj = _convolution(attn.v_proj)
-        self.out_proj = _convolution(attn.out_proj)
+        self.q_proj = _pointwise(attn.q_proj)
+        self.k_proj = _pointwise(attn.k_proj)
+        self.v_proj = _pointwise(attn.v_proj)
+        self.out_proj = _pointwise(attn.out_proj)
         self.se_fc = nn.Sequential(
-            _convolution(attn.se_fc[0]),
+            _pointwise(attn.se_fc[0]),
             nn.ReLU(),
-            _convolution(attn.se_fc[2]),
+            _pointwise(attn.se_fc[2]),
             nn.Sigmoid(),
         )
         self.norm2 = _image_norm(block.norm2, norm)
-        self.mlp = nn.Sequential(
-            _convolution(mlp.fc1),
-            mlp.dwconv.dwconv,
-            mlp.act,
-            _convolution(mlp.fc2),
-        )
+        self.mlp = _mlp_parts(mlp)
 
     def _split(self, t: Tensor) -> Tensor:
         batch, channels, height, width = t.shape
@@ -182,7 +236,10 @@ class _ImageBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
         x = x + self._attend(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        normed = self.norm2(x)
+        for part in self.mlp:
+            x = x + part(normed)
+        return x
 
 
 class _TokenBlock(nn.Module):
