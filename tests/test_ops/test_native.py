@@ -288,6 +288,16 @@ def test_infinite_and_missing_numbers(dtype):
     ours, expected = both('depthwise_gelu', window, kernel, bias.to(dtype))
     assert torch.equal(ours.isnan(), expected.isnan())
     assert torch.equal(ours.isinf(), expected.isinf())
+    for number in (float('nan'), 1e30, -1e30):
+        point = torch.full((1, 1, 1, 16), number, dtype=dtype)
+        at_centre = (Window(None, point, True, True), kernel, bias.to(dtype))
+        ours, expected = both(
+            'depthwise_gelu_backward', *at_centre, torch.ones_like(point)
+        )
+        for a, b in zip(ours[:2], expected):
+            assert torch.allclose(
+                a.double(), b, ROUNDING[dtype], 0, equal_nan=True
+            ), number
     out, want = torch.empty_like(x), torch.empty(x.shape, dtype=torch.float64)
     NativeOps().residual(x, x.clone(), torch.rand(1, 16), True, None, out)
     TorchOps().residual(

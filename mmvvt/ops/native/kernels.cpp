@@ -8,8 +8,8 @@
 // tokens, the factors and the weights of the depthwise convolution are
 // float32. Shapes use the letters of the Python code: b images, m rows, w
 // columns, p = m * w tokens, C, D, R channels, d channels per head, n factors
-// per token, of which g depend on the column. Every tensor is contiguous unless a stride is given; strides are
-// in elements.
+// per token, of which g depend on the column. Every tensor is contiguous unless
+// a stride is given; strides are in elements.
 
 #include <algorithm>
 #include <cmath>
@@ -33,7 +33,7 @@ constexpr int ROWS = 4;
 #endif
 constexpr int CHUNK = 32;  // tokens of which the features fit into the L1 cache
 constexpr int BLOCK = 64;  // tokens after which sums are collected
-constexpr int TILE = 4;      // columns that a step of the convolution computes
+constexpr int TILE = 4;    // columns that a step of the convolution computes
 constexpr float CLAMP_MIN = 1e-4f, CLAMP_MAX = 1e4f;  // mmvvt/ops/clamp.py
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
@@ -140,9 +140,9 @@ inline ivec is_inside(vec v) {
   return (v >= CLAMP_MIN) & (v <= CLAMP_MAX);
 }
 
-// GELU is v * cdf(v), with the distribution function of the normal distribution;
-// its derivative is cdf(v) + v * density(v). Both are computed from functions of
-// |v|, because cdf(v) - 1/2 is odd.
+// GELU is v * cdf(v) with the distribution function of the normal distribution,
+// and its derivative cdf(v) + v * density(v). Both are computed from functions
+// of |v|, because cdf(v) - 1/2 is odd.
 #ifdef __AVX512F__
 // Polynomials of degree 4 of a function on 31 intervals of [0, BOUND], and its
 // limit. A permutation finds the coefficients of each element in two registers.
@@ -198,7 +198,7 @@ const Pieces HALF_CDF(half_cdf, 0.5f), HALF_SLOPE(half_slope, 0.5f);
 inline void locate(vec v, ivec* index, vec* fraction) {
   constexpr float MAGIC = 3 << 22;  // adding it rounds to a whole number
   const vec scaled = magnitude(v) * Pieces::SCALE;
-  const vec bounded = scaled < 31.0f ? scaled : fill(31.0f);
+  const vec bounded = scaled > 31.0f ? fill(31.0f) : scaled;
   const vec rounded = bounded + MAGIC;
   *index = (ivec)rounded;
   *fraction = bounded - (rounded - MAGIC);
@@ -483,7 +483,8 @@ void sum_tokens(const T* x, float* sums, int64_t tokens, int64_t channels,
         const int64_t left = channels - c;
         float* total = totals.recent(i) + c;
         store_part(total,
-                   load_part(total, left) + load_part(x + t * channels + c, left),
+                   load_part(total, left) +
+                       load_part(x + t * channels + c, left),
                    left);
       }
       if (t % BLOCK == 0) totals.collect(i);
@@ -575,8 +576,8 @@ void depthwise_tile(const Window<T>& in, int64_t image, int64_t row, int64_t x,
   }
 }
 
-// Calls tile(is_edge, image, row, x, at, thread) for all tiles, and finish(thread)
-// after each row. `at` is the index of the first output.
+// Calls tile(is_edge, image, row, x, at, thread) for all tiles, and
+// finish(thread) after each row. `at` is the index of the first output.
 template <typename T, typename Tile, typename Finish>
 void over_tiles(const Window<T>& in, int64_t images, int threads, Tile&& tile,
                 Finish&& finish) {
@@ -665,7 +666,7 @@ void depthwise_gelu_backward(const Window<T>& in, const float* weight,
   totals.add_to(sums);
 }
 
-// ---- attention ----------------------------------------------------------------
+// ---- attention ------------------------------------------------------------
 
 // Computes C (rows, cols) = A (rows, depth) @ B (depth, cols), or adds the
 // product to C. Element (i, k) of A is a[i * a_row + k * a_col]. `rows` is a
@@ -711,9 +712,9 @@ void multiply(const float* a, int64_t a_row, int64_t a_col, const float* b,
 }
 
 // The attention of a strip. A token has n factors: those of row i and column x
-// are of_rows[i] (n, g) @ of_columns[x] (g). Features with g instead of n blocks
-// are multiplied, and the products of a row are combined with those of the
-// other rows.
+// are of_rows[i] (n, g) @ of_columns[x] (g). Features with g instead of n
+// blocks are multiplied, and the products of a row are combined with those of
+// the other rows.
 struct Heads {
   int64_t images, rows, width, heads, n, g, d;
   const float* of_rows;     // (m, n, g)
@@ -727,8 +728,8 @@ struct Heads {
 };
 
 // Features of `count` tokens of a head, (count, wide): channel i of block j is
-// relu(t[i]) * factors[j]. If `weights`, (g * d), is given, `dots`, (count), are
-// the products of the features with the weights.
+// relu(t[i]) * factors[j]. If `weights`, (g * d), is given, `dots`, (count),
+// are the products of the features with the weights.
 template <typename T>
 void features(const T* tokens, int64_t stride, const float* factors,
               int64_t count, const Heads& at, const float* weights, float* out,
@@ -1124,7 +1125,7 @@ void sum_products_backward(const T* keys, const T* values, int64_t stride,
 
 }  // namespace
 
-// ---- functions that Python calls ------------------------------------------------
+// ---- functions that Python calls ------------------------------------------
 //
 // Inputs and outputs of type void are float32 or bfloat16: the tokens and the
 // queries by x_half, all other activations by half.
@@ -1212,8 +1213,8 @@ void mmvvt_residual_backward(const void* grad, bool x_half, const void* branch,
   });
 }
 
-// x: (p, C). sums: (C), which the sums of the tokens are added to. C is a multiple
-// of 8: the projections have 3 * heads * d channels.
+// x: (p, C). sums: (C), which the sums of the tokens are added to. C is a
+// multiple of 8: the projections have 3 * heads * d channels.
 void mmvvt_sum_tokens(const void* x, bool half, float* sums, int64_t tokens,
                       int64_t channels, int threads) {
   with_type(half, [&](auto type) {
@@ -1270,8 +1271,8 @@ void mmvvt_depthwise_gelu_backward(
   });
 }
 
-// The attention of strips (b, m, w, .): of_rows: (m, n, g), of_columns: (w, g), see
-// Heads. keys, values: (b, m, w, heads * d), tokens stride apart.
+// The attention of strips (b, m, w, .). of_rows: (m, n, g), of_columns: (w, g),
+// see Heads. keys, values: (b, m, w, heads * d), tokens stride apart.
 // sums: (b, heads, n * d, d + 1), which the products are added to.
 void mmvvt_sum_products(const void* keys, const void* values, bool half,
                         int64_t stride, float* sums, int64_t images,
