@@ -14,7 +14,7 @@ from conftest import relative_error
 ARCH = dict(
     embed_dims=[8, 16, 24, 32],
     num_heads=[1, 2, 3, 4],
-    mlp_ratios=[2, 2, 2, 2],
+    mlp_ratios=[8, 6, 4, 2],
     depths=[1, 1, 2, 1],
 )
 ALL = (0, 1, 2, 3)
@@ -171,6 +171,35 @@ def test_exported_graph(norm, norms):
     # Two blocks, two embeddings and the outputs of two stages
     assert targets.count('aten.layer_norm.default') == norms
     assert targets.count('aten.permute.default') == 2 * norms
+
+
+def test_products_are_exported_without_copies():
+    """An expansion would be a copy of the widest tensors in OpenVINO."""
+    form = ImageForm(build(attn_cfg=dict(locality='none')))
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        form,
+        (torch.randn(2, 3, 64, 64),),
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+    ).run_decompositions()
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count('aten.bmm.default') == 2 * sum(ARCH['depths'])
+    assert 'aten.expand.default' not in targets
+
+
+def test_wide_mlps_are_exported_in_parts():
+    """The hidden channels of a part are at most four times the channels."""
+    model = build()
+    form = ImageForm(model)
+    for index, stage in enumerate(form.stages):
+        channels = model.embed_dims[index]
+        hidden_dims = model._stage(index)[1][0].hidden_dims
+        for block in stage:
+            if isinstance(block, _ImageBlock):
+                widths = [part[0].out_channels for part in block.mlp]
+                assert max(widths) <= 4 * channels
+                assert sum(widths) == hidden_dims
+    assert len(form.stages[0][1].mlp) == 2
 
 
 def test_float16_does_not_overflow():

@@ -412,11 +412,19 @@ def run(block, x, grid, cotangent):
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16])
 @pytest.mark.parametrize('strip_numbers', [1, 96 * 5 * 3, 10**7])
 @pytest.mark.parametrize('products', [True, False])
-def test_block_is_not_worse(autocast, strip_numbers, products, monkeypatch):
-    """Errors against float64 are at most 1.5 times those of PyTorch.
+@pytest.mark.parametrize(
+    'heads,fr_ratio,grid', [(2, 1, (7, 5)), (2, 1, (4, 19)), (3, 2, (4, 19))]
+)
+def test_block_is_not_worse(
+    heads, fr_ratio, grid, autocast, strip_numbers, products, monkeypatch
+):
+    """Errors against float64 are at most twice those of PyTorch operations.
 
-    The geometric mean over several draws is compared, because a token with a
-    very small sum of weights can increase either error a hundred times.
+    The root mean square over several draws is compared, because a token with
+    a very small sum of weights can increase either error. With three heads of
+    8 channels, such tokens increase it a hundred times, so there only the
+    geometric mean is compared, which is stricter. The 72 channels of q, k and
+    v then end with half a vector. Rows of 19 tokens are multiplied separately.
     """
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
     monkeypatch.setattr(common, 'STRIP_NUMBERS', strip_numbers)
@@ -428,11 +436,6 @@ def test_block_is_not_worse(autocast, strip_numbers, products, monkeypatch):
     errors = defaultdict(list)
     used = []
     for draw in range(8):
-        # In half of the blocks, the 72 channels of q, k and v end with half a
-        # vector, and the rows are long enough to be multiplied separately.
-        heads, fr_ratio, grid = [(2, 1, (7, 5)), (3, 2, (4, 19))][
-            (draw % 4 + draw // 4) % 2
-        ]
         block = build_block(
             heads, fr_ratio, locality=LOCALITIES[draw % 4], clamp=draw < 4
         )
@@ -460,6 +463,9 @@ def test_block_is_not_worse(autocast, strip_numbers, products, monkeypatch):
     for name, values in errors.items():
         ours, theirs = torch.tensor(values).log().mean(dim=0).exp()
         assert ours <= 1.5 * theirs, name
+        if heads == 2:
+            ours, theirs = torch.tensor(values).square().mean(dim=0).sqrt()
+            assert ours <= 2 * theirs, name
 
 
 @needs_kernels
