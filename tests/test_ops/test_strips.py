@@ -488,3 +488,30 @@ def test_half_of_a_batch_is_the_same():
         assert (
             relative_error(block(x[:2], (7, 5)), block(x, (7, 5))[:2]) < 1e-12
         )
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, *common.HALF_DTYPES])
+@pytest.mark.parametrize('rows', [1, 17])
+def test_linear_layers(dtype, rows, monkeypatch):
+    """Few tokens in a 16-bit dtype are not multiplied by a convolution."""
+    convolutions = []
+    conv2d = nn.functional.conv2d
+    monkeypatch.setattr(
+        nn.functional,
+        'conv2d',
+        lambda *a, **k: convolutions.append(a) or conv2d(*a, **k),
+    )
+    x = torch.randn(2, rows, 16, 24).to(dtype)
+    weight, bias = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
+    for values in (bias, None):
+        out = common.linear(x, weight, values)
+        expected = nn.functional.linear(
+            x.double(),
+            weight.double(),
+            None if values is None else values.double(),
+        )
+        assert out.dtype == dtype and out.is_contiguous()
+        assert relative_error(out, expected) < 4 * torch.finfo(dtype).eps
+    few = x[..., 0].numel() <= common.FEW_TOKENS
+    is_half = dtype in common.HALF_DTYPES
+    assert len(convolutions) == (0 if few and is_half else 2)
