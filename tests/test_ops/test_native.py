@@ -34,6 +34,15 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def one_thread():
+    """Threads divide sums over tokens, which makes them more accurate."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_compiles_with_gcc():
     """The tests of the kernels are skipped only without a compiler."""
     if sys.platform == 'linux' and shutil.which('g++'):
@@ -193,6 +202,56 @@ def test_sum_pixels(dtype, channels):
     ours, expected = both('sum_pixels', images(3, 5, 7, channels, dtype=dtype))
     assert ours.dtype == torch.float32
     assert_close(ours, expected, torch.float32)
+
+
+def gradient_sums(ops, x, grad):
+    """The sums over tokens that the kernels compute besides other results."""
+    channels = x.shape[-1]
+    weight, bias, gate = x[0, 0, :3]
+    norm, grads = (weight, bias, 1e-6), GradSums()
+    mean, gate_grad = torch.zeros(2, 1, channels, dtype=x.dtype)
+    _, statistics = ops.layer_norm(x, *norm, x.dtype, mean)
+    ops.layer_norm_backward(
+        x, grad, None, x, *norm, statistics, torch.empty_like(x), grads
+    )
+    _, bias_grad = ops.residual_backward(
+        grad, x, gate[None], False, None, gate_grad
+    )
+    _, _, conv_weight_grad, conv_bias_grad = ops.depthwise_gelu_backward(
+        Window(None, x, True, True),
+        x[0, :1, :9].permute(2, 0, 1).reshape(channels, 1, 3, 3),
+        bias,
+        grad.clone(),
+    )
+    return dict(
+        pixels=ops.sum_pixels(x),
+        mean=mean,
+        norm_weight=grads.of(('norm_weight',))[0],
+        norm_bias=grads.of(('norm_bias',))[0],
+        gate=gate_grad,
+        bias=bias_grad,
+        conv_weight=conv_weight_grad,
+        conv_bias=conv_bias_grad,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize('rows', [7, 100, 1000])
+def test_sums_are_not_worse(rows, one_thread):
+    """Errors of sums over 70 to 10,000 tokens, as small as those of PyTorch.
+
+    Each number of tokens that is added to the same float increases the error.
+    """
+    errors = defaultdict(list)
+    for _ in range(6):
+        x, grad = torch.randn(2, 1, rows, 10, 48)
+        sides = [gradient_sums(ops(), x, grad) for ops in (NativeOps, TorchOps)]
+        expected = gradient_sums(TorchOps(), x.double(), grad.double())
+        for name, want in expected.items():
+            errors[name].append([relative_error(t[name], want) for t in sides])
+    for name, values in errors.items():
+        ours, theirs = torch.tensor(values).log().mean(dim=0).exp()
+        assert ours <= 1.5 * theirs, name
 
 
 @needs_kernels
@@ -416,7 +475,14 @@ def run(block, x, grid, cotangent):
     'heads,fr_ratio,grid', [(2, 1, (7, 5)), (2, 1, (4, 19)), (3, 2, (4, 19))]
 )
 def test_block_is_not_worse(
-    heads, fr_ratio, grid, autocast, strip_numbers, products, monkeypatch
+    heads,
+    fr_ratio,
+    grid,
+    autocast,
+    strip_numbers,
+    products,
+    monkeypatch,
+    one_thread,
 ):
     """Errors against float64 are at most twice those of PyTorch operations.
 

@@ -32,7 +32,7 @@ constexpr int WIDTH = 8;
 constexpr int ROWS = 4;
 #endif
 constexpr int CHUNK = 32;  // tokens of which the features fit into the L1 cache
-constexpr int BLOCK = 64;  // tokens after which sums are collected
+constexpr int BLOCK = 16;  // numbers that are added in sequence, see Sums
 constexpr int TILE = 4;    // columns that a step of the convolution computes
 constexpr float CLAMP_MIN = 1e-4f, CLAMP_MAX = 1e4f;  // mmvvt/ops/clamp.py
 
@@ -288,32 +288,43 @@ void in_parts(int64_t items, int threads, Work&& work) {
   }
 }
 
-// Sums of floats over the items of in_parts. Each thread adds to recent sums of
-// its own and calls collect() now and then, so that small numbers are not
-// added to large ones. The sums of the threads are added in their order: the
-// result depends on the number of threads, but not on their timing.
+// Sums of floats over the items of in_parts. Each thread adds BLOCK items to its
+// recent sums and calls collect(), which adds them to sums of blocks, BLOCK of
+// these to sums of the next level, and so on: small numbers are not added to
+// large ones. The sums of the threads are added in their order: the result
+// depends on the number of threads, but not on their timing.
 class Sums {
  public:
   Sums(int64_t size, int threads)
-      : size_(size),
-        threads_(threads),
-        recent_(size * threads),
-        totals_(size * threads) {}
+      : size_(size), levels_(threads), counts_(threads) {
+    for (auto& levels : levels_) levels.emplace_back(size);
+  }
 
-  float* recent(int64_t thread) { return recent_.data() + thread * size_; }
+  float* recent(int64_t thread) { return levels_[thread][0].data(); }
 
   void collect(int64_t thread) {
-    const int64_t first = thread * size_;
-    for (int64_t i = first; i < first + size_; ++i) {
-      totals_[i] += recent_[i];
-      recent_[i] = 0;
+    auto& levels = levels_[thread];
+    int64_t count = ++counts_[thread];
+    for (size_t i = 0;; ++i, count /= BLOCK) {
+      if (i + 1 == levels.size()) levels.emplace_back(size_);
+      float* const from = levels[i].data();
+      float* const to = levels[i + 1].data();
+#pragma omp simd
+      for (int64_t j = 0; j < size_; ++j) {
+        to[j] += from[j];
+        from[j] = 0;
+      }
+      if (count % BLOCK != 0) return;
     }
   }
 
   float total(int64_t i) const {
     float total = 0;
-    for (int t = 0; t < threads_; ++t)
-      total += totals_[t * size_ + i] + recent_[t * size_ + i];
+    for (const auto& levels : levels_) {
+      float sum = 0;
+      for (const auto& level : levels) sum += level[i];
+      total += sum;
+    }
     return total;
   }
 
@@ -323,8 +334,8 @@ class Sums {
 
  private:
   int64_t size_;
-  int threads_;
-  std::vector<float> recent_, totals_;
+  std::vector<std::vector<std::vector<float>>> levels_;  // of each thread
+  std::vector<int64_t> counts_;  // of the calls of collect()
 };
 
 inline void add_to(float* p, vec v) { store(p, load(p) + v); }
@@ -478,16 +489,15 @@ void sum_tokens(const T* x, float* sums, int64_t tokens, int64_t channels,
                 int threads) {
   Sums totals(channels, threads);
   in_parts(tokens, threads, [&](int64_t t, int64_t last, int64_t i) {
-    for (; t < last; ++t) {
+    for (; t < last; t += BLOCK) {
+      const int64_t end = std::min(t + BLOCK, last);
       for (int64_t c = 0; c < channels; c += WIDTH) {
-        const int64_t left = channels - c;
-        float* total = totals.recent(i) + c;
-        store_part(total,
-                   load_part(total, left) +
-                       load_part(x + t * channels + c, left),
-                   left);
+        vec total{};
+        for (int64_t u = t; u < end; ++u)
+          total += load_part(x + u * channels + c, channels - c);
+        store_part(totals.recent(i) + c, total, channels - c);
       }
-      if (t % BLOCK == 0) totals.collect(i);
+      totals.collect(i);
     }
   });
   totals.add_to(sums);
