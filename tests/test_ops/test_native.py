@@ -245,7 +245,9 @@ def test_sums_are_not_worse(rows, one_thread):
     errors = defaultdict(list)
     for _ in range(6):
         x, grad = torch.randn(2, 1, rows, 10, 48)
-        sides = [gradient_sums(ops(), x, grad) for ops in (NativeOps, TorchOps)]
+        sides = [
+            gradient_sums(ops(), x, grad) for ops in (NativeOps, TorchOps)
+        ]
         expected = gradient_sums(TorchOps(), x.double(), grad.double())
         for name, want in expected.items():
             errors[name].append([relative_error(t[name], want) for t in sides])
