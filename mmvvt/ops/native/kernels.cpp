@@ -288,6 +288,12 @@ void in_parts(int64_t items, int threads, Work&& work) {
   }
 }
 
+// to[i] += from[i]
+inline void add_all(float* to, const float* from, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+}
+
 // Sums of floats over the items of in_parts. Each thread adds BLOCK items to its
 // recent sums and calls collect(), which adds them to sums of blocks, BLOCK of
 // these to sums of the next level, and so on: small numbers are not added to
@@ -302,34 +308,31 @@ class Sums {
 
   float* recent(int64_t thread) { return levels_[thread][0].data(); }
 
-  void collect(int64_t thread) {
+  // Collects sums first to first + size.
+  void collect(int64_t thread, int64_t first, int64_t size) {
     auto& levels = levels_[thread];
     int64_t count = ++counts_[thread];
     for (size_t i = 0;; ++i, count /= BLOCK) {
       if (i + 1 == levels.size()) levels.emplace_back(size_);
-      float* const from = levels[i].data();
-      float* const to = levels[i + 1].data();
-#pragma omp simd
-      for (int64_t j = 0; j < size_; ++j) {
-        to[j] += from[j];
-        from[j] = 0;
-      }
+      float* const from = levels[i].data() + first;
+      add_all(levels[i + 1].data() + first, from, size);
+      std::fill_n(from, size, 0.0f);
       if (count % BLOCK != 0) return;
     }
   }
 
-  float total(int64_t i) const {
-    float total = 0;
-    for (const auto& levels : levels_) {
-      float sum = 0;
-      for (const auto& level : levels) sum += level[i];
-      total += sum;
-    }
-    return total;
-  }
+  void collect(int64_t thread) { collect(thread, 0, size_); }
 
-  void add_to(float* out) const {
-    for (int64_t i = 0; i < size_; ++i) out[i] += total(i);
+  // Returns the sums of all threads. Called once, at the end.
+  const float* finish() {
+    float* const out = recent(0);
+    for (auto& levels : levels_) {
+      float* const total = levels[0].data();
+      for (size_t i = 1; i < levels.size(); ++i)
+        add_all(total, levels[i].data(), size_);
+      if (total != out) add_all(out, total, size_);
+    }
+    return out;
   }
 
  private:
@@ -368,17 +371,18 @@ void layer_norm(const X* x, const float* weight, const float* bias, float eps,
     for (; t < last; ++t) {
       const X* in = x + t * channels;
       const Moments m = moments(in, channels, eps);
-      float* total = totals.recent(i) + t / tokens * channels;
+      const int64_t image = t / tokens;
+      float* total = totals.recent(i) + image * channels;
       for (int64_t c = 0; c < channels; c += WIDTH) {
         const vec normed = (load(in + c) - m.mean) * m.rstd * load(weight + c) +
                            load(bias + c);
         store(out + t * channels + c, normed);
         if (sums) add_to(total + c, normed);
       }
-      if (t % BLOCK == 0) totals.collect(i);
+      if (sums && t % BLOCK == 0) totals.collect(i, image * channels, channels);
     }
   });
-  if (sums) totals.add_to(sums);
+  if (sums) add_all(sums, totals.finish(), images * channels);
 }
 
 template <typename X, typename T>
@@ -418,10 +422,9 @@ void layer_norm_backward(const X* x, const T* grad, const float* mean_grad,
       if (t % BLOCK == 0) totals.collect(i);
     }
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    weight_grad[c] += totals.total(c);
-    bias_grad[c] += totals.total(channels + c);
-  }
+  const float* const total = totals.finish();
+  add_all(weight_grad, total, channels);
+  add_all(bias_grad, total + channels, channels);
 }
 
 // ---- residual connection --------------------------------------------------
@@ -473,13 +476,13 @@ void residual_backward(const X* grad, const T* branch, const float* gate,
         store(out + at, g);
       }
       if (t % BLOCK == 0) {
-        gate_sums.collect(i);
+        gate_sums.collect(i, image * channels, channels);
         bias_sums.collect(i);
       }
     }
   });
-  gate_sums.add_to(gate_grad);
-  bias_sums.add_to(bias_grad);
+  add_all(gate_grad, gate_sums.finish(), images * channels);
+  add_all(bias_grad, bias_sums.finish(), channels);
 }
 
 // ---- sums of tokens and the gate ------------------------------------------
@@ -500,7 +503,7 @@ void sum_tokens(const T* x, float* sums, int64_t tokens, int64_t channels,
       totals.collect(i);
     }
   });
-  totals.add_to(sums);
+  add_all(sums, totals.finish(), channels);
 }
 
 // Product of a vector and each row of a matrix (rows, size).
@@ -673,7 +676,7 @@ void depthwise_gelu_backward(const Window<T>& in, const float* weight,
             mixed_grad + at, totals.recent(thread));
       },
       [&](int64_t thread) { totals.collect(thread); });
-  totals.add_to(sums);
+  add_all(sums, totals.finish(), 10 * in.channels);
 }
 
 // ---- attention ------------------------------------------------------------
@@ -882,14 +885,16 @@ class ProductSums {
   }
 
   // Adds to sums of shape (b, heads, n * d, d + 1).
-  void add_to_sums(float* sums) const {
-    const int64_t padded = at_.padded(), d = at_.d;
-    for (int64_t head = 0; head < at_.images * at_.heads; ++head)
-      for (int64_t row = 0; row < at_.n * d; ++row)
-        for (int64_t j = 0; j <= d; ++j)
-          *sums++ += totals_.total(
-              head * size_ +
-              (j < d ? row * padded + j : at_.n * d * padded + row));
+  void add_to_sums(float* sums) {
+    const int64_t padded = at_.padded(), d = at_.d, rows = at_.n * d;
+    const float* total = totals_.finish();
+    for (int64_t head = 0; head < at_.images * at_.heads; ++head) {
+      for (int64_t row = 0; row < rows; ++row, sums += d + 1) {
+        add_all(sums, total + row * padded, d);
+        sums[d] += total[rows * padded + row];
+      }
+      total += size_;
+    }
   }
 
  private:
