@@ -122,12 +122,13 @@ def _forward(
     out = torch.empty_like(x)
     ops = select_ops(x, dtype, x.shape[-1], head_dims)
     of_grid = ((height, width), settings.locality, sum_dtype(dtype), x.device)
+    factors = [ops.factors(rows, *of_grid) for _, rows in strips]
     sums = x.new_zeros(
         batch, heads, feature_dims, head_dims + 1, dtype=sum_dtype(dtype)
     )
     token_sum = sums.new_zeros(batch, x.shape[-1])
     projected: List[Tensor] = []
-    for images, rows in strips:
+    for (images, rows), of_tokens in zip(strips, factors):
         normed, _ = ops.layer_norm(
             x[images, rows],
             weights.norm_weight,
@@ -137,12 +138,12 @@ def _forward(
             token_sum[images],
         )
         qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
-        factors = ops.factors(rows, *of_grid)
-        ops.sum_products(qkv, factors, heads, sums[images])
+        ops.sum_products(qkv, of_tokens, heads, sums[images])
         # If a backward pass follows, the queries, keys and values are saved.
-        # Otherwise only the queries are needed, and they are stored in the
-        # memory of the output until the second pass overwrites them.
-        if not keep:
+        # Otherwise only the queries are needed, and those of several strips
+        # are stored in the memory of the output until the second pass
+        # overwrites them.
+        if not keep and len(strips) > 1:
             queries = out[images, rows, :, :reduced_dims]
             qkv = queries.copy_(qkv[..., :reduced_dims])
         projected.append(qkv)
@@ -151,10 +152,10 @@ def _forward(
     # The outputs of the output projection are saved, because the gradient
     # masks of the following clamps depend on them.
     branches: List[Tensor] = []
-    for (images, rows), qkv in zip(strips, projected):
+    for (images, rows), qkv, of_tokens in zip(strips, projected, factors):
         merged = ops.attend(
             qkv[..., :reduced_dims],
-            ops.factors(rows, *of_grid),
+            of_tokens,
             sums[images],
             clamp,
             settings.eps,
@@ -218,6 +219,7 @@ class _AttentionBranch(torch.autograd.Function):
         grad_sums = torch.zeros_like(sums)
         grad_gate = torch.zeros_like(gate)
         of_grid = ((height, width), settings.locality, sums.dtype, x.device)
+        factors = [ops.factors(rows, *of_grid) for _, rows in strips]
         # The first pass writes the query gradients to the first R channels.
         # The second pass writes the key and value gradients to the others.
         projected_grads = [torch.empty_like(qkv) for qkv in projected]
@@ -232,7 +234,7 @@ class _AttentionBranch(torch.autograd.Function):
             )
             merged = ops.attend_backward(
                 projected[i][..., :reduced_dims],
-                ops.factors(rows, *of_grid),
+                factors[i],
                 sums[images],
                 clamp,
                 settings.eps,
@@ -257,7 +259,7 @@ class _AttentionBranch(torch.autograd.Function):
             qkv_grad = projected_grads[i]
             ops.sum_products_backward(
                 projected[i],
-                ops.factors(rows, *of_grid),
+                factors[i],
                 heads,
                 grad_sums[images],
                 qkv_grad,
