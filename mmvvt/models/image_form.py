@@ -9,6 +9,7 @@ channel-first matrices. The weights are those of the VVT, and the results are
 equal up to rounding errors. docs/deploy.md has the measurements.
 """
 
+import math
 from typing import Any, Optional, Tuple
 
 import torch
@@ -26,9 +27,10 @@ from .strips import LAYERS
 from .vvt import VVT, PatchEmbed, VVTBlock
 
 NORMS = ('tokens', 'channels')
-# Hidden channels of a part of an MLP, per channel of its input. The published
-# models have 8 in the first two stages, and 4 in the others.
-PART_RATIO = 4
+# Limits the hidden activations of a part of an MLP to this multiple of the
+# activations of the first stage, which are the largest. The published models
+# have MLPs of 8, 3.3, 0.8 and 0.3 times these activations.
+PART_RATIO = 2
 PATCH_EMBED = dict(proj=StockLayer(nn.Conv2d), norm=StockLayer(nn.LayerNorm))
 
 
@@ -133,22 +135,24 @@ def _image_norm(layer: Any, norm: str) -> nn.Module:
     return _TokenNorm(layer)
 
 
-def _mlp_parts(mlp: Any) -> nn.ModuleList:
+def _mlp_parts(mlp: Any, most_dims: int) -> nn.ModuleList:
     """Split an MLP into parts, the outputs of which are added.
 
     Hidden channels are independent of each other. An engine stores the hidden
     activations of the whole image, those of a part in less memory.
 
     Args:
-        mlp (ConvMLP): MLP with C channels and D hidden channels.
+        mlp (ConvMLP): MLP.
+        most_dims (int): Maximum number of hidden channels of a part.
 
     Returns:
-        nn.ModuleList: Parts with up to ``PART_RATIO * C`` hidden channels.
+        nn.ModuleList: As few parts as possible, of about the same size.
     """
     dwconv = mlp.dwconv.dwconv
-    size = PART_RATIO * mlp.fc1.weight.shape[1]
+    hidden_dims = mlp.fc1.weight.shape[0]
+    size = math.ceil(hidden_dims / math.ceil(hidden_dims / most_dims))
     parts = nn.ModuleList()
-    for first in range(0, mlp.fc1.weight.shape[0], size):
+    for first in range(0, hidden_dims, size):
         part = slice(first, first + size)
         weight = dwconv.weight[part]
         parts.append(
@@ -170,7 +174,7 @@ def _mlp_parts(mlp: Any) -> nn.ModuleList:
 class _ImageBlock(nn.Module):
     """A :class:`VVTBlock` with its stock layers, on images."""
 
-    def __init__(self, block: Any, norm: str):
+    def __init__(self, block: Any, norm: str, part_dims: int):
         super().__init__()
         attn, mlp = block.attn, block.mlp
         self.num_heads = attn.num_heads
@@ -189,7 +193,7 @@ class _ImageBlock(nn.Module):
             nn.Sigmoid(),
         )
         self.norm2 = _image_norm(block.norm2, norm)
-        self.mlp = _mlp_parts(mlp)
+        self.mlp = _mlp_parts(mlp, part_dims)
 
     def _split(self, t: Tensor) -> Tensor:
         batch, channels, height, width = t.shape
@@ -300,10 +304,15 @@ class ImageForm(nn.Module):
         for index in range(vvt.out_indices[-1] + 1):
             patch_embed, blocks, stage_norm = vvt._stage(index)
             x = next(vvt.parameters()).new_empty(1, 1, vvt.embed_dims[index])
+            # Each stage has a quarter of the tokens of the previous one.
+            part_dims = PART_RATIO * vvt.embed_dims[0] * 4**index
             self.stages.append(
                 nn.Sequential(
                     self._embed_form(patch_embed, norm, x),
-                    *(self._block_form(block, norm, x) for block in blocks),
+                    *(
+                        self._block_form(block, norm, x, part_dims)
+                        for block in blocks
+                    ),
                 )
             )
             self.norms.append(_image_norm(stage_norm, norm))
@@ -323,12 +332,14 @@ class ImageForm(nn.Module):
         return _TokenEmbed(patch_embed)
 
     @staticmethod
-    def _block_form(block: nn.Module, norm: str, x: Tensor) -> nn.Module:
+    def _block_form(
+        block: nn.Module, norm: str, x: Tensor, part_dims: int
+    ) -> nn.Module:
         if (
             is_unmodified(block, VVTBlock)
             and find_difference(block, LAYERS, x) is None
         ):
-            return _ImageBlock(block, norm)
+            return _ImageBlock(block, norm, part_dims)
         return _TokenBlock(block)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:

@@ -187,19 +187,28 @@ def test_products_are_exported_without_copies():
     assert 'aten.expand.default' not in targets
 
 
-def test_wide_mlps_are_exported_in_parts():
-    """The hidden channels of a part are at most four times the channels."""
-    model = build()
+@pytest.mark.parametrize(
+    'mlp_ratios,parts',
+    [
+        ([8, 8, 4, 4], [4, 2, 1, 1]),
+        ([2, 5, 8, 8], [1, 2, 1, 1]),
+        ([5, 9, 4, 4], [3, 3, 1, 1]),
+    ],
+)
+def test_wide_mlps_are_exported_in_parts(mlp_ratios, parts):
+    """No part has more than twice the activations of the first stage."""
+    model = build(dict(ARCH, mlp_ratios=mlp_ratios)).double()
     form = ImageForm(model)
     for index, stage in enumerate(form.stages):
-        channels = model.embed_dims[index]
-        hidden_dims = model._stage(index)[1][0].hidden_dims
+        hidden_dims = mlp_ratios[index] * ARCH['embed_dims'][index]
         for block in stage:
             if isinstance(block, _ImageBlock):
                 widths = [part[0].out_channels for part in block.mlp]
-                assert max(widths) <= 4 * channels
+                assert len(widths) == parts[index]
                 assert sum(widths) == hidden_dims
-    assert len(form.stages[0][1].mlp) == 2
+                assert max(widths) <= 2 * 8 * 4**index
+                assert max(widths) - min(widths) < len(widths)
+    check_same(model, form)
 
 
 def test_float16_does_not_overflow():
