@@ -207,16 +207,15 @@ def test_sum_pixels(dtype, channels):
 def gradient_sums(ops, x, grad):
     """The sums over tokens that the kernels compute besides other results."""
     channels = x.shape[-1]
-    weight, bias, gate = x[0, 0, :3]
+    weight, bias = x[0, 0, :2]
+    gate = x[:, 0, 2].contiguous()
     norm, grads = (weight, bias, 1e-6), GradSums()
-    mean, gate_grad = torch.zeros(2, 1, channels, dtype=x.dtype)
+    mean, gate_grad = torch.zeros(2, len(x), channels, dtype=x.dtype)
     _, statistics = ops.layer_norm(x, *norm, x.dtype, mean)
     ops.layer_norm_backward(
         x, grad, None, x, *norm, statistics, torch.empty_like(x), grads
     )
-    _, bias_grad = ops.residual_backward(
-        grad, x, gate[None], False, None, gate_grad
-    )
+    _, bias_grad = ops.residual_backward(grad, x, gate, False, None, gate_grad)
     _, _, conv_weight_grad, conv_bias_grad = ops.depthwise_gelu_backward(
         Window(None, x, True, True),
         x[0, :1, :9].permute(2, 0, 1).reshape(channels, 1, 3, 3),
@@ -236,15 +235,15 @@ def gradient_sums(ops, x, grad):
 
 
 @needs_kernels
-@pytest.mark.parametrize('rows', [7, 100, 1000])
+@pytest.mark.parametrize('rows', [7, 50, 500])
 def test_sums_are_not_worse(rows, one_thread):
-    """Errors of sums over 70 to 10,000 tokens, as small as those of PyTorch.
+    """Errors of sums over 140 to 10,000 tokens, as small as those of PyTorch.
 
     Each number of tokens that is added to the same float increases the error.
     """
     errors = defaultdict(list)
     for _ in range(6):
-        x, grad = torch.randn(2, 1, rows, 10, 48)
+        x, grad = torch.randn(2, 2, rows, 10, 48)
         sides = [
             gradient_sums(ops(), x, grad) for ops in (NativeOps, TorchOps)
         ]
