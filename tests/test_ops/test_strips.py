@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections import defaultdict
 
 import pytest
@@ -11,7 +12,13 @@ import torch.nn as nn
 from mmvvt.models import strips
 from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES
-from mmvvt.ops.strips import MLPWeights, common, mlp, mlp_branch
+from mmvvt.ops.strips import (
+    MLPWeights,
+    attention,
+    common,
+    mlp,
+    mlp_branch,
+)
 from mmvvt.ops.strips.torch_ops import TorchOps
 
 from conftest import relative_error
@@ -316,6 +323,32 @@ def test_saves_less_than_half(monkeypatch):
         return sum(storages.values())
 
     assert saved_bytes(block) < 0.5 * saved_bytes(layer_by_layer(block))
+
+
+@pytest.mark.parametrize('strip_rows', [3, 16])
+def test_queries_need_no_memory(strip_rows, monkeypatch):
+    """Without gradients, those of several strips are stored in the output."""
+    block = build_block(torch.float32)
+    x = torch.randn(1, 16 * 16, 16)
+    # The attention strips are as wide as two tensors of 4 * 8 features.
+    monkeypatch.setattr(common, 'STRIP_NUMBERS', strip_rows * 16 * 2 * 32)
+    attend = TorchOps.attend
+    seen = []
+
+    def spy(self, queries, *arguments):
+        storage = queries.untyped_storage()
+        seen.append((storage.data_ptr(), storage.nbytes()))
+        return attend(self, queries, *arguments)
+
+    monkeypatch.setattr(TorchOps, 'attend', spy)
+    for module in (attention, mlp):
+        monkeypatch.setattr(module, 'select_ops', lambda *_: TorchOps())
+    with torch.no_grad():
+        block(x, (16, 16))
+    assert len(seen) == math.ceil(16 / strip_rows)
+    if len(seen) > 1:
+        assert len(set(seen)) == 1  # one tensor, of the size of the output
+        assert seen[0][1] == x.numel() * 4
 
 
 @pytest.mark.parametrize('grad', [True, False])
