@@ -135,7 +135,7 @@ def _image_norm(layer: Any, norm: str) -> nn.Module:
     return _TokenNorm(layer)
 
 
-def _mlp_parts(mlp: Any, most_dims: int) -> nn.ModuleList:
+def _mlp_parts(mlp: Any, max_dims: int) -> nn.ModuleList:
     """Split an MLP into parts, the outputs of which are added.
 
     Hidden channels are independent of each other. An engine stores the hidden
@@ -143,14 +143,14 @@ def _mlp_parts(mlp: Any, most_dims: int) -> nn.ModuleList:
 
     Args:
         mlp (ConvMLP): MLP.
-        most_dims (int): Maximum number of hidden channels of a part.
+        max_dims (int): Maximum number of hidden channels of a part.
 
     Returns:
         nn.ModuleList: As few parts as possible, of about the same size.
     """
     dwconv = mlp.dwconv.dwconv
     hidden_dims = mlp.fc1.weight.shape[0]
-    size = math.ceil(hidden_dims / math.ceil(hidden_dims / most_dims))
+    size = math.ceil(hidden_dims / math.ceil(hidden_dims / max_dims))
     parts = nn.ModuleList()
     for first in range(0, hidden_dims, size):
         part = slice(first, first + size)
