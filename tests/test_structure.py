@@ -13,7 +13,8 @@ FLOORS = [
     ['mmvvt.version'],
     ['mmvvt.errors'],
     ['mmvvt.arch', 'mmvvt.arguments', 'mmvvt.fileio', 'mmvvt.shipped'],
-    # subpackages of ops
+    # modules and subpackages of ops
+    ['mmvvt.ops.processor'],
     [
         'mmvvt.ops.autograd',
         'mmvvt.ops.dispatch',

@@ -120,11 +120,11 @@ def test_the_wheel_is_whole(wheels):
     for name, content in files.items():
         assert content == (ROOT / name).read_bytes(), name
     with zipfile.ZipFile(wheels['direct']) as file:
-        modules = {n for n in file.namelist() if n.endswith(('.py', '.cpp'))}
+        modules = set(file.namelist())
         script = file.getinfo('mmvvt/.mim/tools/dist_train.sh')
     assert {
         path.relative_to(ROOT).as_posix()
-        for suffix in ('py', 'cpp')
+        for suffix in ('py', 'cpp', 'h')
         for path in (ROOT / 'mmvvt').rglob(f'*.{suffix}')
     } <= modules
     assert script.external_attr >> 16 & 0o100  # executable

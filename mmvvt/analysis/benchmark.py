@@ -17,6 +17,7 @@ from torch import Tensor
 from ..arch import ARCH_SETTINGS
 from ..errors import UserError
 from ..fileio import atomic_write
+from ..ops.processor import processor_field
 from .memory import peak_memory_gib
 
 # Other backbones with 23 to 29 M parameters and four stages of strides 4 to
@@ -127,16 +128,11 @@ def machine_line(threads: Optional[int] = None) -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = platform.processor() or platform.machine()
-        try:
-            with open('/proc/cpuinfo', encoding='utf-8') as file:
-                device = next(
-                    line.split(':', 1)[1].strip()
-                    for line in file
-                    if line.startswith('model name')
-                )
-        except (OSError, StopIteration):
-            pass  # not Linux
+        device = (
+            processor_field('model name')
+            or platform.processor()
+            or platform.machine()
+        )
         # Some names are shared by processors of very different speed.
         device = f'{device} ({torch.backends.cpu.get_cpu_capability()})'
     return (
@@ -346,13 +342,19 @@ KINDS = {
     'copies': ('copy_', 'cat', 'clone', 'fill_', 'zero_', 'constant_pad'),
     'norms': ('native_layer_norm', 'native_batch_norm', 'layer_norm'),
     'clamps': ('clamp', 'sign', 'abs', 'ge', 'le', 'logical_and', 'sgn'),
+    # Compiled kernels, see mmvvt.ops.native
+    'attention kernels': ('sum_products', 'attend'),
+    'convolution and GELU': ('depthwise',),
 }
+KERNEL = 'mmvvt_'
 OTHER = 'other'
 
 
 def kind_of(operation: str) -> str:
     """Return the kind of an operation: of :data:`KINDS` or :data:`OTHER`."""
     name = operation.split('::')[-1]
+    if name.startswith(KERNEL):
+        name = name[len(KERNEL) :]
     for kind, starts in KINDS.items():
         # Short names must match exactly: 'le' is not 'leaky_relu'.
         if any(

@@ -21,11 +21,11 @@ def keep_freed_memory() -> bool:
     system when they are freed. Linux then provides new memory page by page
     at the first access, which can take longer than computing the values.
     This function raises both thresholds of the library to their maximum:
-    blocks of up to 32 MB are kept, and up to 2 GB at the end of the heap.
+    blocks of up to 32 MiB are kept, and up to 2 GiB at the end of the heap.
 
     The setting applies to the whole process. Therefore only the command-line
-    tools call this function; importing the package does not. Measured
-    speedups are listed in ``benchmarks/README.md``. The function has no
+    tools call this function; importing the package does not. The times with
+    and without it are in ``benchmarks/README.md``. The function has no
     effect with another C library, on GPU memory, or if one of
     :data:`MALLOC_SETTINGS` is set in the environment.
 

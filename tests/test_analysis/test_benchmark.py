@@ -20,6 +20,9 @@ from mmvvt.analysis.benchmark import (
     read_csv,
     write_csv,
 )
+from mmvvt.models.vvt import VVTBlock
+from mmvvt.ops.native import load
+from mmvvt.ops.strips import common, native_ops
 
 from conftest import ROOT
 
@@ -140,6 +143,38 @@ def test_kinds_of_operations():
     assert kind_of('aten::gelu_backward') == 'GELU'
     assert kind_of('aten::le') == 'clamps'
     assert kind_of('aten::leaky_relu') == OTHER
+    assert kind_of('mmvvt_layer_norm_backward') == 'norms'
+    assert kind_of('mmvvt_depthwise_gelu_backward') == 'convolution and GELU'
+    for name in ('sum_products', 'attend', 'attend_backward'):
+        assert kind_of(f'mmvvt_{name}') == 'attention kernels'
+    assert kind_of('mmvvt_gate') == OTHER
+
+
+@pytest.mark.skipif(load()[0] is None, reason=load()[1])
+def test_profile_contains_the_kernels(monkeypatch):
+    """Each kernel of a training step is counted."""
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    called = set()
+    call = native_ops._call
+
+    def record(name, *arguments):
+        called.add(name)
+        call(name, *arguments)
+
+    monkeypatch.setattr(native_ops, '_call', record)
+    block, x = VVTBlock(48, 2, 2, 1, 1), torch.randn(1, 400, 48)
+    x.requires_grad_()
+
+    def step():
+        block(x, (20, 20)).sum().backward()
+
+    with torch.profiler.profile() as recorded:
+        step()
+    counted = {e.key for e in recorded.key_averages()}
+    assert set(native_ops._SIGNATURES) == called <= counted
+    seconds = profile(step)
+    for kind in ('attention kernels', 'convolution and GELU', 'norms'):
+        assert seconds[kind] > 0
 
 
 def test_profile_tells_products_from_convolutions():

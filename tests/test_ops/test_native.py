@@ -1,6 +1,6 @@
 """Compare the compiled kernels with PyTorch operations, and break the build.
 
-The kernels are in ``mmvvt/ops/native/kernels.cpp``.
+The kernels are in ``mmvvt/ops/native``.
 """
 
 import math
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -751,6 +752,34 @@ def test_other_options_of_the_compiler(cached_file, tmp_path):
     """A library that was compiled with other options is not used."""
     assert run_script(tmp_path, CXX='g++ -g')[0] == 'True | '
     assert len(cached(tmp_path)) == 2
+
+
+@needs_kernels
+def test_changed_header(cached_file, tmp_path):
+    """A library that was compiled from another version is not used."""
+    folder = tmp_path / 'native'
+    shutil.copytree(library.SOURCE.parent, folder)
+    with open(folder / 'gelu.h', 'a') as file:
+        file.write('// changed\n')
+    script = f"""
+from pathlib import Path
+from mmvvt.ops.native import library
+library.SOURCE = Path({str(folder / library.SOURCE.name)!r})
+"""
+    assert run_script(tmp_path, script + SCRIPT)[0] == 'True | '
+    assert len(cached(tmp_path)) == 2
+
+
+@needs_kernels
+def test_sources_are_all_files_that_are_included():
+    done = subprocess.run(
+        [*library._compiler(), '-MM', str(library.SOURCE)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, files = done.stdout.replace('\\\n', ' ').split(':')
+    assert set(map(Path, files.split())) == set(library._sources())
 
 
 @needs_kernels

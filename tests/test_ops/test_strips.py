@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import platform
 from collections import defaultdict
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn as nn
 
 from mmvvt.models import strips
 from mmvvt.models.vvt import VVTBlock
-from mmvvt.ops import LOCALITIES
+from mmvvt.ops import LOCALITIES, processor
 from mmvvt.ops.strips import (
     MLPWeights,
     attention,
@@ -456,16 +457,46 @@ def test_products_by_processor(flag, dtype, monkeypatch):
         assert not runs_in_strips(build_block(usual), x.to(usual))
 
 
+@pytest.fixture
+def vendor(monkeypatch):
+    """Function that changes the manufacturer of the processor."""
+    yield lambda intel: monkeypatch.setattr(common, 'is_intel', lambda: intel)
+
+
 @pytest.mark.parametrize(
-    'capability,expected', [('AVX512', True), ('AVX2', False)]
+    'capability,intel,expected',
+    [('AVX512', False, True), ('AVX512', True, False), ('AVX2', False, False)],
 )
-def test_weight_gradients_by_processor(capability, expected, monkeypatch):
+def test_weight_gradients_by_processor(
+    capability, intel, expected, vendor, monkeypatch
+):
+    vendor(intel)
     monkeypatch.setattr(
         torch.backends.cpu, 'get_cpu_capability', lambda: capability
     )
     assert common.convolves_weight_grads(torch.float32) is expected
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert not common.convolves_weight_grads(dtype)
+
+
+@pytest.mark.parametrize(
+    'name,text,field',
+    [
+        ('linux', 'processor\t: 0\nvendor_id\t: GenuineIntel\n', ''),
+        ('linux', 'processor\t: 0\nvendor_id\t: AuthenticAMD\n', ''),
+        ('arm', 'processor\t: 0\nCPU implementer\t: 0x41\n', 'aarch64'),
+        ('windows', None, 'Intel64 Family 6 Model 85, GenuineIntel'),
+        ('windows', None, 'AMD64 Family 25 Model 33, AuthenticAMD'),
+    ],
+)
+def test_manufacturer(name, text, field, tmp_path, monkeypatch):
+    """It is read from /proc/cpuinfo, and elsewhere from `platform`."""
+    if text is not None:
+        (tmp_path / 'cpuinfo').write_text(text)
+    monkeypatch.setattr(processor, 'CPUINFO', tmp_path / 'cpuinfo')
+    monkeypatch.setattr(platform, 'processor', lambda: field)
+    expected = 'GenuineIntel' in (text or field)
+    assert common.is_intel.__wrapped__() is expected
 
 
 @pytest.mark.parametrize('grid', GRIDS)
@@ -523,10 +554,14 @@ def test_half_of_a_batch_is_the_same():
         )
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, *common.HALF_DTYPES])
-@pytest.mark.parametrize('rows', [1, 17])
-def test_linear_layers(dtype, rows, monkeypatch):
-    """Few tokens in a 16-bit dtype are not multiplied by a convolution."""
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.float64, *common.HALF_DTYPES]
+)
+@pytest.mark.parametrize('intel', [False, True])
+@pytest.mark.parametrize('rows', [1, 17, 65])
+def test_linear_layers(dtype, intel, rows, vendor, monkeypatch):
+    """Few tokens are multiplied by a convolution in some dtypes only."""
+    vendor(intel)
     convolutions = []
     conv2d = nn.functional.conv2d
     monkeypatch.setattr(
@@ -545,6 +580,9 @@ def test_linear_layers(dtype, rows, monkeypatch):
         )
         assert out.dtype == dtype and out.is_contiguous()
         assert relative_error(out, expected) < 4 * torch.finfo(dtype).eps
-    few = x[..., 0].numel() <= common.FEW_TOKENS
-    is_half = dtype in common.HALF_DTYPES
-    assert len(convolutions) == (0 if few and is_half else 2)
+    tokens = 32 * rows
+    if dtype in common.HALF_DTYPES:
+        few = tokens <= 256
+    else:
+        few = intel and tokens <= 1024
+    assert len(convolutions) == (0 if few else 2)

@@ -53,7 +53,7 @@ from mmvvt.errors import UserError
 from mmvvt.ops.native import load
 
 STEPS = dict(forward=forward, train_step=train_step)
-# Relative error of float32 feature maps after up to 36 blocks.
+# Relative error of float32 feature maps after up to 48 blocks.
 TOLERANCE = 1e-3
 # Seconds between runs if engines share the processor. After a run, a thread
 # of ONNX Runtime waits for work for about 50 ms without sleeping.

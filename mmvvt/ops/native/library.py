@@ -20,6 +20,8 @@ from typing import List, Optional, Tuple
 
 import torch
 
+from ..processor import processor_field
+
 SOURCE = Path(__file__).with_name('kernels.cpp')
 FLAGS = (
     '-std=c++17',
@@ -90,14 +92,6 @@ def _run(command: List[str]) -> str:
     return done.stdout
 
 
-def _processor() -> str:
-    """Instruction sets of the processor: the cache may be on a shared disk."""
-    for line in Path('/proc/cpuinfo').read_text().splitlines():
-        if line.startswith(('flags', 'Features')):
-            return line
-    return ''
-
-
 def _cache_folder() -> Path:
     base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return Path(base, 'mmvvt', 'native')
@@ -142,18 +136,24 @@ def _build(target: Path, compiler: List[str], openmp: str) -> None:
                 os.remove(path)
 
 
+def _sources() -> List[Path]:
+    """The source and the headers that it includes."""
+    return [SOURCE, *sorted(SOURCE.parent.glob('*.h'))]
+
+
 def _compile() -> ctypes.CDLL:
     compiler, openmp = _compiler(), _openmp_runtime()
     version = _run([*compiler, '--version'])
     key = '\n'.join(
         [
-            SOURCE.read_text(encoding='utf-8'),
+            *(path.read_text(encoding='utf-8') for path in _sources()),
             *compiler,
             *FLAGS,
             version,
             openmp,
             platform.machine(),
-            _processor(),
+            # Instruction sets: the cache may be on a shared disk.
+            processor_field('flags', 'Features'),
         ]
     )
     name = f'kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so'

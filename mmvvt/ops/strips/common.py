@@ -1,6 +1,8 @@
 """Utilities of both branches: strips, linear layers and row windows."""
 
+import functools
 import math
+import platform
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ..autograd import has_modes, is_transformed
 from ..native import load
+from ..processor import processor_field
 
 # Maximum number of elements of the widest activation of a strip, 12 MiB in
 # float32. With smaller strips, the overhead of launching each operation
@@ -17,10 +20,12 @@ STRIP_NUMBERS = 4096 * 768
 # Batches whose widest activation has no more elements than this, 4 MiB in
 # float32, are faster layer by layer; with the kernels, a sixteenth of this.
 LEAST_NUMBERS = 1 << 20
-# Number of tokens up to which a product in a 16-bit dtype is not computed as a
-# convolution. With 196 tokens and 512 x 2048 weights in bfloat16, the
-# convolution takes 1.2 to 1.6 times as long; with 784 tokens, they are level.
-FEW_TOKENS = 256
+# Number of tokens up to which a product is not computed as a convolution, in
+# 16-bit dtypes and in float32 with MKL on an Intel processor. With 196 tokens
+# and 512 x 2048 weights, the convolution takes 1.2 to 1.6 times as long in
+# bfloat16 and 1.2 to 1.4 times in float32; with 784 tokens 1.0 and 1.1 times.
+FEW_TOKENS_HALF = 256
+FEW_TOKENS_MKL = 1024
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Dtypes of tensors that the kernels read and write.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -229,14 +234,40 @@ def all_strips(
     ]
 
 
+@functools.lru_cache(maxsize=None)
+def is_intel() -> bool:
+    """Whether the manufacturer of the processor is Intel.
+
+    PyTorch computes matrix products in float32 with MKL, which uses the widest
+    vector instructions on these processors only, and convolutions with oneDNN,
+    which uses them on all.
+    """
+    vendor = processor_field('vendor_id') or platform.processor()
+    return 'GenuineIntel' in vendor
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """Number of tokens up to which a product is not faster as a convolution.
+
+    Convolutions copy the weight into another layout at each call. Products in
+    16-bit dtypes are computed with oneDNN, too.
+
+    Args:
+        dtype (torch.dtype): Dtype of the product.
+
+    Returns:
+        int: The number; 0 if convolutions are always faster.
+    """
+    if dtype in HALF_DTYPES:
+        return FEW_TOKENS_HALF
+    return FEW_TOKENS_MKL if is_intel() else 0
+
+
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """Compute ``x @ weight.T + bias``, mostly as a 1x1 convolution.
 
-    PyTorch computes matrix products in float32 with MKL, which does not use
-    the widest vector instructions on non-Intel CPUs, and convolutions with
-    oneDNN, which does. Convolutions copy the weight into another layout at
-    each call. In 16-bit dtypes, PyTorch computes products with oneDNN too, so
-    few tokens are multiplied without this copy.
+    See :func:`is_intel` for the reason, and :func:`few_tokens` for the
+    exception.
 
     Args:
         x (Tensor): Contiguous input of shape ``(b, rows, w, C_in)``.
@@ -247,7 +278,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     Returns:
         Tensor: Output of shape ``(b, rows, w, C_out)``.
     """
-    if x.dtype in HALF_DTYPES and x.shape[:3].numel() <= FEW_TOKENS:
+    if x.shape[:3].numel() <= few_tokens(x.dtype):
         return F.linear(x, weight, bias)
     # The weight is viewed as (C_out, C_in, 1, 1).
     return to_pixels(F.conv2d(to_channels(x), weight[:, :, None, None], bias))
@@ -256,18 +287,20 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 def convolves_weight_grads(dtype: torch.dtype) -> bool:
     """Whether weight gradients are computed as those of 1x1 convolutions.
 
-    See :func:`linear` for the reason. The speed of both operations is
-    in docs/speed.md: the convolution is faster in float32 with AVX-512, and
-    slower with AVX2. For 16-bit dtypes, PyTorch computes products with oneDNN.
+    See :func:`is_intel` for the reason. The speed of both operations is in
+    docs/speed.md: the convolution is slower with AVX2, too.
 
     Args:
         dtype (torch.dtype): Dtype of the product.
 
     Returns:
-        bool: True for float32 on processors with AVX-512.
+        bool: True for float32 with AVX-512 on processors that are not made by
+        Intel.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    return dtype is torch.float32 and capability == 'AVX512'
+    return (
+        dtype is torch.float32 and capability == 'AVX512' and not is_intel()
+    )
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """Operations of the strips as compiled kernels.
 
-The kernels are in ``mmvvt/ops/native/kernels.cpp``. They compute chains of
-operations in one pass over the memory, in float32.
+The kernels are in ``mmvvt/ops/native``. They compute chains of operations in
+one pass over the memory, in float32.
 """
 
 import ctypes
 import functools
 import logging
 import math
+from contextlib import nullcontext
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..angles import separate_factors, token_factors
 from ..native import load
@@ -58,10 +60,11 @@ def _kernel(name: str) -> Any:
 
 def _call(name: str, *arguments: Any) -> None:
     """Call a kernel; tensors are passed as pointers to their memory."""
-    _kernel(name)(
-        *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments],
-        torch.get_num_threads(),
-    )
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    # Recording takes longer than a kernel on a small grid.
+    profiled = torch.autograd._profiler_enabled()
+    with record_function(name) if profiled else nullcontext():
+        _kernel(name)(*values, torch.get_num_threads())
 
 
 def _is_half(t: Tensor) -> bool:
