@@ -298,9 +298,7 @@ def convolves_weight_grads(dtype: torch.dtype) -> bool:
         Intel.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    return (
-        dtype is torch.float32 and capability == 'AVX512' and not is_intel()
-    )
+    return dtype is torch.float32 and capability == 'AVX512' and not is_intel()
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
