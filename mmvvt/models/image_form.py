@@ -234,16 +234,20 @@ class _ImageBlock(nn.Module):
         out = clamp(clamp(products[:, :-1]) * normaliser)
         # (B * heads, d, N) -> (B, heads * d, h, w)
         out = out.reshape(batch, channels, height, width).to(x.dtype)
-        out = clamp(self.out_proj(out))
-        return clamp(out + out * gate)
+        out = clamp(self.out_proj(out)) * (1 + gate)
+        # The gate is positive: no magnitude becomes less than CLAMP_MIN.
+        return out.clamp(-CLAMP_MAX, CLAMP_MAX) if self.clamp else out
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
         x = x + self._attend(self.norm1(x))
         normed = self.norm2(x)
-        for part in self.mlp:
-            x = x + part(normed)
-        return x
+        # The engines add an output of a convolution to that of the next one,
+        # but not to activations in another memory layout, as x is.
+        out = self.mlp[0](normed)
+        for part in self.mlp[1:]:
+            out = out + part(normed)
+        return x + out
 
 
 class _TokenBlock(nn.Module):
