@@ -1,6 +1,6 @@
 """Export a trained model to a file that runs without its Python code.
 
-The file is run in its engine at two other sizes and compared with PyTorch. If
+The file is run in its engine at three other sizes and compared with PyTorch. If
 the outputs differ, it is removed and the exit code is 1.
 """
 
@@ -92,7 +92,9 @@ def main():
         backbone=args.backbone,
         label_map=args.label_map,
         nms=args.nms,
-        fixed_size=parse_size(args.fixed_size) if args.fixed_size else None,
+        fixed_size=None
+        if args.fixed_size is None
+        else parse_size(args.fixed_size),
         half=args.half,
         int8=args.int8,
         with_preprocessing=args.with_preprocessing,

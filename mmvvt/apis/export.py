@@ -4,10 +4,12 @@ import copy
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -55,14 +57,15 @@ def _check_arguments(
     out: str, format: str, fixed_size: Any, half: bool, int8: bool
 ) -> Optional[Tuple[int, int]]:
     """Check the arguments that need no model; return the fixed size."""
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise UserError(
             f'format must be one of {", ".join(FORMATS)}, got {format!r}'
         )
     suffix = FORMATS[format].suffix
-    if not out.endswith(suffix):
+    if os.path.splitext(out)[1] != suffix:
         raise UserError(
-            f'the file of format {format} must end with {suffix}, got {out}'
+            f'the file of format {format} must have a name that ends with '
+            f'{suffix}, got {out}'
         )
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder):
@@ -81,15 +84,17 @@ def _check_arguments(
         require(QUANTIZERS[format])
     if fixed_size is None:
         return None
-    sizes = tuple(fixed_size)
-    if len(sizes) != 2 or not all(
-        isinstance(n, int) and n >= MIN_SIZE and n % 2 == 0 for n in sizes
-    ):
+    try:
+        height, width = (operator.index(n) for n in fixed_size)
+        valid = min(height, width) >= MIN_SIZE and height % 2 == width % 2 == 0
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
         raise UserError(
             f'fixed_size must be a height and a width, two even numbers of '
-            f'at least {MIN_SIZE}, got {" x ".join(map(str, sizes))}'
+            f'at least {MIN_SIZE}, got {fixed_size!r}'
         )
-    return sizes
+    return height, width
 
 
 def _in_channels(model: nn.Module) -> int:
@@ -167,10 +172,24 @@ def _check_space(folder: str, needed: int) -> None:
         )
 
 
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Report what exporters and engines raise, many classes, as one line."""
+    try:
+        yield
+    except (UserError, WriteError, OSError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ['']
+        raise UserError(
+            f'{what}: {type(error).__name__}: {lines[0]}'
+        ) from error
+
+
 def export_model(
     config: Union[str, Config],
     checkpoint: str,
-    out: str,
+    out: Union[str, os.PathLike],
     format: str = 'onnx',
     *,
     backbone: bool = False,
@@ -183,7 +202,7 @@ def export_model(
 ) -> ExportResult:
     """Export a classifier, segmentor, detector or backbone to a file.
 
-    After writing, the file is run in its engine at two other sizes and
+    After writing, the file is run in its engine at three other sizes and
     compared with the model in PyTorch. If the error is too large, the file is
     removed. The input is named ``images``: normalised images
     ``(B, C, H, W)``, float32. The outputs are described in
@@ -192,8 +211,8 @@ def export_model(
     Args:
         config (str | Config): Config, or path of a config file.
         checkpoint (str): Path or URL of a checkpoint.
-        out (str): Path of the file to write, in an existing folder. An
-            existing file is replaced.
+        out (str | PathLike): Path of the file to write, in an existing
+            folder. An existing file is replaced.
         format (str): 'onnx' (.onnx), 'openvino' (.xml and .bin),
             'exported-program' (.pt2) or 'torchscript' (.pt). Defaults to
             'onnx'.
@@ -222,6 +241,7 @@ def export_model(
             file differs from the model.
         WriteError: If the file cannot be written.
     """
+    out = os.fspath(out)
     size = _check_arguments(out, format, fixed_size, half, int8)
     form = FORMATS[format]
     cfg = read_config(config)
@@ -254,7 +274,11 @@ def export_model(
     channels = _in_channels(model)
     example_size = size or EXAMPLE_SIZE
     shapes = verification_shapes(
-        channels, example_size, size is not None, network.fixed_batch
+        channels,
+        example_size,
+        size is not None,
+        network.fixed_batch,
+        form.min_size,
     )
     samples = [random_images(*shape) for shape in shapes]
     calibration: List[Tensor] = []
@@ -288,15 +312,17 @@ def export_model(
     example = random_images(batch, channels, *example_size)
     with atomic_group(out, form.companions, 2 * stored) as temporary:
         target = f'{temporary}.float{form.suffix}' if int8 else temporary
-        form.write(network, example, target, size is not None, metadata)
-        if int8:
-            quantize(target, temporary, format, calibration, metadata)
-        run = form.open(temporary)
-        errors = [
-            compare(run, expected, scores, images, precision)
-            for images in samples
-        ]
-        del run
+        with _one_line(f'this model cannot be exported to {format}'):
+            form.write(network, example, target, size is not None, metadata)
+            if int8:
+                quantize(target, temporary, format, calibration, metadata)
+        with _one_line(f'{out} was not written, because it does not run'):
+            run = form.open(temporary)
+            errors = [
+                compare(run, expected, scores, images, precision)
+                for images in samples
+            ]
+            del run
         error = max(errors)
         if int8:
             # An image close to a decision boundary changes by much, so the

@@ -87,6 +87,8 @@ class Format(ABC):
         norm (str): Form of LayerNorm that is fastest in the engine, see
             :class:`~mmvvt.models.image_form.ImageForm`.
         note (str, optional): What a user of the file must know.
+        min_size (int): Minimum height and width in pixels of images of a
+            dynamic size.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Format(ABC):
     companions: Tuple[str, ...] = ()
     norm = 'tokens'
     note: Optional[str] = None
+    min_size = 32
 
     packages: Tuple[str, ...] = ()
 
@@ -259,11 +262,23 @@ class OpenVinoFormat(Format):
         }
 
 
+def _write(buffer: io.BytesIO, path: str) -> None:
+    """Write a file; PyTorch's writer ends the process if the disk is full."""
+    with open(path, 'wb') as file:
+        file.write(buffer.getbuffer())
+
+
 class ExportedProgramFormat(Format):
     """An exported program of ``torch.export``, run by PyTorch."""
 
     name = 'exported-program'
     suffix = '.pt2'
+    min_size = 33
+    note = (
+        'without --fixed-size, images need at least 33 pixels on each side, '
+        'because torch.export fixes dimensions of length 1, and the last '
+        'feature map of an image of 32 pixels has one pixel'
+    )
 
     def write(self, network, example, path, fixed_size, metadata) -> None:
         """Write a network to a file, see :meth:`Format.write`."""
@@ -273,11 +288,13 @@ class ExportedProgramFormat(Format):
                 (example,),
                 dynamic_shapes=dynamic_shapes(network, fixed_size),
             )
+            buffer = io.BytesIO()
             torch.export.save(
                 program,
-                path,
+                buffer,
                 extra_files={METADATA_KEY: json.dumps(metadata)},
             )
+        _write(buffer, path)
 
     def open(self, path, threads=None) -> Runner:
         """Open a file in its engine, see :meth:`Format.open`."""
@@ -302,11 +319,13 @@ class TorchScriptFormat(Format):
         """Write a network to a file, see :meth:`Format.write`."""
         with _quiet(), torch.no_grad():
             traced = torch.jit.trace(network, example, check_trace=False)
+            buffer = io.BytesIO()
             torch.jit.save(
                 traced,
-                path,
+                buffer,
                 _extra_files={METADATA_KEY: json.dumps(metadata)},
             )
+        _write(buffer, path)
 
     def open(self, path, threads=None) -> Runner:
         """Open a file in its engine, see :meth:`Format.open`."""

@@ -19,6 +19,8 @@ from ..models import VVT
 from ..models.image_form import ImageForm
 from ..models.stock import is_unmodified
 
+# Options of mmcv's batched_nms
+NMS_DEFAULTS = dict(type='nms', class_agnostic=False, max_num=-1)
 EXPORTABLE = (
     'classifiers of mmpretrain with one head, EncoderDecoder of mmseg, '
     'RetinaNet of mmdet, and the backbone of every model'
@@ -103,8 +105,18 @@ def prepare(model: nn.Module, norm: Optional[str] = 'tokens') -> nn.Module:
 
     Returns:
         nn.Module: A copy in evaluation mode, without gradients.
+
+    Raises:
+        UserError: If PyTorch cannot copy the model.
     """
-    model = revert_sync_batchnorm(copy.deepcopy(model))
+    try:
+        model = revert_sync_batchnorm(copy.deepcopy(model))
+    except RuntimeError as error:
+        raise UserError(
+            'a model with computed weights cannot be copied: call '
+            'torch.nn.utils.remove_weight_norm or prune.remove first '
+            f'({str(error).splitlines()[0]})'
+        ) from error
     model.eval()
     model.requires_grad_(False)
     if norm is None:
@@ -269,11 +281,23 @@ class DetectorNetwork(DenseHeadNetwork):
         self.output_names = ['boxes', 'scores', 'labels']
         self.head = self.model.bbox_head
         self.test_cfg = cfg = self.head.test_cfg
-        nms = dict(cfg.nms)
-        if nms.get('type', 'nms') != 'nms' or cfg.get('nms_pre', -1) <= 0:
+        nms = dict(cfg.get('nms') or {})
+        # Without the defaults, and what has no effect on the result.
+        others = {
+            key: value
+            for key, value in nms.items()
+            if value != NMS_DEFAULTS.get(key)
+            and key not in ('iou_threshold', 'split_thr')
+        }
+        if (
+            others
+            or 'iou_threshold' not in nms
+            or cfg.get('nms_pre', -1) <= 0
+        ):
             raise UserError(
-                "--nms requires test_cfg with nms of type 'nms' and nms_pre "
-                f'above 0, got {nms} and nms_pre={cfg.get("nms_pre", -1)}'
+                "--nms requires test_cfg with nms of type 'nms', of whose "
+                'options only iou_threshold is set, and nms_pre above 0, got '
+                f'nms={cfg.get("nms")} and nms_pre={cfg.get("nms_pre", -1)}'
             )
 
     def _level(
@@ -325,13 +349,14 @@ class DetectorNetwork(DenseHeadNetwork):
             for level, pair in enumerate(zip(outs[:half], outs[half:]))
         ]
         scores, labels, boxes = (torch.cat(parts) for parts in zip(*levels))
-        boxes = torch.stack(
-            [
-                boxes[:, i].clamp(min=0).clamp(max=x.shape[3 - i % 2])
-                for i in range(4)
-            ],
-            dim=1,
-        )
+        if self.head.bbox_coder.clip_border:
+            boxes = torch.stack(
+                [
+                    boxes[:, i].clamp(min=0).clamp(max=x.shape[3 - i % 2])
+                    for i in range(4)
+                ],
+                dim=1,
+            )
         valid = scores > self.test_cfg.get('score_thr', 0)
         smallest = self.test_cfg.get('min_bbox_size', -1)
         if smallest >= 0:
@@ -372,7 +397,7 @@ class Preprocess(nn.Module):
                 'the data_preprocessor of the config has no mean and std, so '
                 'there is no preprocessing to include'
             )
-        self.flip = not rgb and len(preprocessor.mean) == 3
+        self.flip = not rgb  # no change for one channel
         # (C, 1, 1)
         self.register_buffer('mean', preprocessor.mean.detach().clone())
         self.register_buffer('std', preprocessor.std.detach().clone())

@@ -117,9 +117,18 @@ def compare(
 
 
 def verification_shapes(
-    channels: int, size: Tuple[int, int], fixed_size: bool, fixed_batch: bool
+    channels: int,
+    size: Tuple[int, int],
+    fixed_size: bool,
+    fixed_batch: bool,
+    min_size: int = 32,
 ) -> List[Tuple[int, int, int, int]]:
-    """Return two shapes of images that differ from the exported example."""
-    sizes = [size, size] if fixed_size else [(96, 160), (75, 45)]
-    batches = [1, 1] if fixed_batch else [1, 3]
+    """Return shapes of images that differ from the exported example.
+
+    If the size is dynamic, the last one is the smallest image.
+    """
+    sizes = [(96, 160), (75, 45), (min_size, min_size)]
+    if fixed_size:
+        sizes = [size, size]
+    batches = [1, 1, 1] if fixed_batch else [1, 3, 2]
     return [(b, channels, *hw) for b, hw in zip(batches, sizes)]

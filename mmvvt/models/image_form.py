@@ -27,10 +27,6 @@ from .strips import LAYERS
 from .vvt import VVT, PatchEmbed, VVTBlock
 
 NORMS = ('tokens', 'channels')
-# Limits the hidden activations of a part of an MLP to this multiple of the
-# activations of the first stage, which are the largest. The published models
-# have MLPs of 8, 3.3, 0.8 and 0.3 times these activations.
-PART_RATIO = 2
 PATCH_EMBED = dict(proj=StockLayer(nn.Conv2d), norm=StockLayer(nn.LayerNorm))
 
 
@@ -81,8 +77,32 @@ def _magnitude_clamp(t: Tensor) -> Tensor:
     return sign * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
 
 
+def _to_layout(x: Tensor, norm: str) -> Tensor:
+    """Permute an image to the layout in which ``norm`` is computed."""
+    # (B, C, h, w) -> (B, h, w, C)
+    return x.permute(0, 2, 3, 1) if norm == 'tokens' else x
+
+
+def _to_image(x: Tensor, norm: str) -> Tensor:
+    """Permute an image from the layout of ``norm``, see :func:`_to_layout`."""
+    # (B, h, w, C) -> (B, C, h, w)
+    return x.permute(0, 3, 1, 2) if norm == 'tokens' else x
+
+
 class _TokenNorm(nn.Module):
-    """A norm layer that is called on the transposed image."""
+    """A LayerNorm that is called on the permuted image."""
+
+    def __init__(self, layer: nn.LayerNorm):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
+        return _to_image(self.layer(_to_layout(x, 'tokens')), 'tokens')
+
+
+class _OtherNorm(nn.Module):
+    """A norm layer of another form; it is called as usual."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -90,8 +110,10 @@ class _TokenNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
-        # (B, C, h, w) -> (B, h, w, C) -> (B, C, h, w)
-        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # (B, C, h, w) -> (B, C, N) -> (B, N, C)
+        tokens = self.layer(x.flatten(2).transpose(1, 2))
+        # (B, N, C) -> (B, C, N) -> (B, C, h, w)
+        return unflatten(tokens.transpose(1, 2), 2, x.shape[2:])
 
 
 class _ChannelNorm(nn.Module):
@@ -119,18 +141,16 @@ def _image_norm(layer: Any, norm: str) -> nn.Module:
     """Return a norm layer over the channels of ``(B, C, h, w)``.
 
     Args:
-        layer (nn.Module): Norm layer over the last dimension.
+        layer (nn.Module): Norm layer of tokens ``(B, N, C)``.
         norm (str): One of :data:`NORMS`.
 
     Returns:
-        nn.Module: The form 'channels' of an unmodified LayerNorm if it was
-        asked for, and otherwise the form 'tokens'.
+        nn.Module: The form ``norm`` of an unmodified LayerNorm. Other layers
+        are called.
     """
-    if (
-        norm == 'channels'
-        and is_unmodified(layer, nn.LayerNorm)
-        and layer.bias is not None
-    ):
+    if not is_unmodified(layer, nn.LayerNorm):
+        return _OtherNorm(layer)
+    if norm == 'channels' and layer.bias is not None:
         return _ChannelNorm(layer)
     return _TokenNorm(layer)
 
@@ -139,7 +159,9 @@ def _mlp_parts(mlp: Any, max_dims: int) -> nn.ModuleList:
     """Split an MLP into parts, the outputs of which are added.
 
     Hidden channels are independent of each other. An engine stores the hidden
-    activations of the whole image, those of a part in less memory.
+    activations of the whole image, those of a part in less memory. ONNX
+    Runtime reuses memory for activations of the same shape, so it needs the
+    least if the parts have as many channels as the other activations.
 
     Args:
         mlp (ConvMLP): MLP.
@@ -172,16 +194,22 @@ def _mlp_parts(mlp: Any, max_dims: int) -> nn.ModuleList:
 
 
 class _ImageBlock(nn.Module):
-    """A :class:`VVTBlock` with its stock layers, on images."""
+    """A :class:`VVTBlock` with its stock layers, on images.
+
+    The residual connections are in the layout of the norms, which permutes the
+    output of a convolution, but nothing that is added to it. The permutations
+    between two blocks cancel each other.
+    """
 
     def __init__(self, block: Any, norm: str, part_dims: int):
         super().__init__()
         attn, mlp = block.attn, block.mlp
+        self.norm = norm
         self.num_heads = attn.num_heads
         self.locality = attn.locality
         self.clamp = attn.clamp
         self.eps = attn.eps
-        self.norm1 = _image_norm(block.norm1, norm)
+        self.norm1 = self._block_norm(block.norm1)
         self.q_proj = _pointwise(attn.q_proj)
         self.k_proj = _pointwise(attn.k_proj)
         self.v_proj = _pointwise(attn.v_proj)
@@ -192,8 +220,11 @@ class _ImageBlock(nn.Module):
             _pointwise(attn.se_fc[2]),
             nn.Sigmoid(),
         )
-        self.norm2 = _image_norm(block.norm2, norm)
+        self.norm2 = self._block_norm(block.norm2)
         self.mlp = _mlp_parts(mlp, part_dims)
+
+    def _block_norm(self, layer: nn.LayerNorm) -> nn.Module:
+        return layer if self.norm == 'tokens' else _ChannelNorm(layer)
 
     def _split(self, t: Tensor) -> Tensor:
         batch, channels, height, width = t.shape
@@ -203,6 +234,7 @@ class _ImageBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         clamp = _magnitude_clamp if self.clamp else nn.Identity()
+        x = _to_image(x, self.norm)
         # (B, C, h, w) -> (B, C, 1, 1)
         gate = self.se_fc(x.mean(dim=(2, 3), keepdim=True))
         q, k, v = self.q_proj(x).relu(), self.k_proj(x).relu(), self.v_proj(x)
@@ -234,20 +266,27 @@ class _ImageBlock(nn.Module):
         out = clamp(clamp(products[:, :-1]) * normaliser)
         # (B * heads, d, N) -> (B, heads * d, h, w)
         out = out.reshape(batch, channels, height, width).to(x.dtype)
-        out = clamp(self.out_proj(out)) * (1 + gate)
+        out = _to_layout(self.out_proj(out), self.norm)
+        out = clamp(out) * (1 + _to_layout(gate, self.norm))
         # The gate is positive: no magnitude becomes less than CLAMP_MIN.
         return out.clamp(-CLAMP_MAX, CLAMP_MAX) if self.clamp else out
 
+    def _mix(self, x: Tensor) -> Tensor:
+        x = _to_image(x, self.norm)
+        # The engines add an output of a convolution to that of the next one,
+        # but not to activations in another memory layout, as those of the
+        # residual connection.
+        out = self.mlp[0](x)
+        for part in self.mlp[1:]:
+            out = out + part(x)
+        return _to_layout(out, self.norm)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, h, w)`` to ``(B, C, h, w)``."""
+        x = _to_layout(x, self.norm)
         x = x + self._attend(self.norm1(x))
-        normed = self.norm2(x)
-        # The engines add an output of a convolution to that of the next one,
-        # but not to activations in another memory layout, as x is.
-        out = self.mlp[0](normed)
-        for part in self.mlp[1:]:
-            out = out + part(normed)
-        return x + out
+        x = x + self._mix(self.norm2(x))
+        return _to_image(x, self.norm)
 
 
 class _TokenBlock(nn.Module):
@@ -308,8 +347,10 @@ class ImageForm(nn.Module):
         for index in range(vvt.out_indices[-1] + 1):
             patch_embed, blocks, stage_norm = vvt._stage(index)
             x = next(vvt.parameters()).new_empty(1, 1, vvt.embed_dims[index])
-            # Each stage has a quarter of the tokens of the previous one.
-            part_dims = PART_RATIO * vvt.embed_dims[0] * 4**index
+            # Each stage has a quarter of the tokens of the previous one. The
+            # activations of the first stage are the largest, so those of a
+            # part have no more elements.
+            part_dims = vvt.embed_dims[0] * 4**index
             self.stages.append(
                 nn.Sequential(
                     self._embed_form(patch_embed, norm, x),

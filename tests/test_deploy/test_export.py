@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from mmvvt.apis import export as export_module
 from mmvvt.apis import export_model
 from mmvvt.deploy import formats
 from mmvvt.deploy.formats import FORMATS
-from mmvvt.deploy.networks import build_network
+from mmvvt.deploy.networks import build_network, prepare
 from mmvvt.errors import UserError, WriteError
 
 from conftest import relative_error, run_tool
@@ -43,10 +44,12 @@ def test_classifier(classifier, name, tmp_path):
         f'model{suffix}'
         for suffix in (FORMATS[name].suffix, *FORMATS[name].companions)
     )
-    images = torch.randn(3, 3, 130, 66)
-    (scores,) = FORMATS[name].open(out, threads=1)(images.numpy())
-    expected = expected_scores(cfg, checkpoint, images)
-    assert relative_error(scores, expected) < 1e-5
+    run = FORMATS[name].open(out, threads=1)
+    for size in ((130, 66), (FORMATS[name].min_size,) * 2):
+        images = torch.randn(3, 3, *size)
+        (scores,) = run(images.numpy())
+        expected = expected_scores(cfg, checkpoint, images)
+        assert relative_error(scores, expected) < 1e-5
 
     metadata = FORMATS[name].read_metadata(out)
     assert json.loads(metadata['classes'])[9] == 'digit 9'
@@ -87,10 +90,10 @@ def test_preprocessing_half_and_fixed_size(classifier, name, tmp_path):
     result = export_model(
         cfg,
         checkpoint,
-        out,
+        Path(out),
         name,
         half=True,
-        fixed_size=(48, 64),
+        fixed_size=(np.int64(48), 64),
         with_preprocessing=True,
     )
     assert 0 < result.error < 3e-2
@@ -102,13 +105,14 @@ def test_preprocessing_half_and_fixed_size(classifier, name, tmp_path):
     assert relative_error(scores, expected) < 3e-2
 
 
+@pytest.mark.parametrize('mean', [[100.0, 120.0, 140.0], [127.5]])
 @pytest.mark.parametrize('swap', [True, False])
-def test_channel_order_of_preprocessing(classifier, swap, tmp_path):
+def test_channel_order_of_preprocessing(classifier, swap, mean, tmp_path):
     """The input is RGB, whatever order the model takes."""
     cfg, checkpoint = classifier
     cfg = cfg.copy()
-    mean = [100.0, 120.0, 140.0]
-    cfg.data_preprocessor.update(mean=mean, std=[50.0] * 3, to_rgb=swap)
+    std = [50.0] * len(mean)
+    cfg.data_preprocessor.update(mean=mean, std=std, to_rgb=swap)
     out = str(tmp_path / 'model.pt')
     export_model(cfg, checkpoint, out, 'torchscript', with_preprocessing=True)
     rgb = torch.randint(0, 256, (1, 3, 64, 64)).float()
@@ -210,11 +214,16 @@ def test_int8_keeps_the_averages_of_layer_norm(
     'options,message',
     [
         (dict(format='tensorrt'), "format must be one of onnx, .*'tensorrt'"),
-        (dict(out='model.xml'), 'must end with .onnx, got .*model.xml'),
+        (dict(out='model.xml'), 'ends with .onnx, got .*model.xml'),
+        (dict(format=['onnx']), r"format must be one of onnx, .*\['onnx'\]"),
+        (dict(out='.onnx'), 'a name that ends with .onnx, got .*/.onnx'),
         (dict(out='none/model.onnx'), 'output folder .*none does not exist'),
-        (dict(fixed_size=(16, 64)), 'at least 32, got 16 x 64'),
-        (dict(fixed_size=(65, 64)), 'even numbers of at least 32, got 65 x'),
+        (dict(fixed_size=(16, 64)), r'at least 32, got \(16, 64\)'),
+        (dict(fixed_size=(65, 64)), r'numbers of at least 32, got \(65, 64'),
         (dict(fixed_size=(64,)), 'two even numbers'),
+        (dict(fixed_size=64), 'two even numbers of at least 32, got 64'),
+        (dict(fixed_size=(64.0, 64)), r'two even numbers.*got \(64.0, 64'),
+        (dict(fixed_size='64x64'), "two even numbers.*got '64x64'"),
         (dict(half=True, int8=True), 'half and int8 cannot be combined'),
         (
             dict(out='m.pt', format='torchscript', int8=True),
@@ -293,6 +302,83 @@ def test_full_disk(classifier, tmp_path, monkeypatch):
         export_model(cfg, checkpoint, str(out), 'torchscript')
     assert out.read_bytes() == b'before'
     assert os.listdir(tmp_path) == ['model.pt']
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_file_that_grows_too_large(name, tmp_path):
+    """PyTorch's own writer would end the process."""
+    options = f'format={name!r}'
+    script = f"""
+import resource, signal
+from pathlib import Path
+from export_cases import SHORT, save_random, small_config
+from mmvvt.apis import export_model
+from mmvvt.errors import WriteError
+folder = Path({str(tmp_path)!r})
+cfg = small_config('classifier', **SHORT)
+checkpoint = save_random(cfg, folder / 'random.pth')
+(folder / 'out').mkdir()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+out = folder / 'out' / 'model{FORMATS[name].suffix}'
+out.write_bytes(b'before')
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    export_model(cfg, checkpoint, out, {options})
+except WriteError as error:
+    print('raised', error)
+"""
+    done = run_tool('-c', script, env=dict(PYTHONPATH=os.path.dirname(__file__)))
+    assert done.returncode == 0 and 'raised cannot write' in done.stdout
+    out = tmp_path / 'out' / f'model{FORMATS[name].suffix}'
+    assert out.read_bytes() == b'before'
+    assert os.listdir(out.parent) == [out.name]
+
+
+def test_engine_that_raises(classifier, tmp_path, monkeypatch):
+    """Errors of exporters and engines have many classes."""
+    cfg, checkpoint = classifier
+
+    def fail(*arguments):
+        raise AssertionError('Guard failed\nsecond line')
+
+    out = str(tmp_path / 'model.pt')
+    for method in ('write', 'open'):
+        with monkeypatch.context() as patch:
+            patch.setattr(formats.TorchScriptFormat, method, fail)
+            with pytest.raises(
+                UserError, match=r'AssertionError: Guard failed$'
+            ):
+                export_model(cfg, checkpoint, out, 'torchscript')
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('size', ['', '64', '-64x64', '64x64x64'])
+def test_fixed_size_of_the_tool(classifier, size, tmp_path):
+    """An empty string, such as an unset variable, is not the default."""
+    done = run_tool(
+        'tools/export.py',
+        'configs/demo/vvt-nano_digits.py',
+        classifier[1],
+        *('--out', str(tmp_path / 'model.onnx'), f'--fixed-size={size}'),
+    )
+    assert done.returncode == 1 and 'Traceback' not in done.stdout
+    assert f'--fixed-size must be HxW, such as 512x512, got {size!r}' in (
+        done.stdout
+    )
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_computed_weights():
+    """PyTorch cannot copy them; parametrizations are copied."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    torch.nn.utils.weight_norm(model[0])
+    model(torch.randn(1, 2))
+    with pytest.raises(UserError, match='call torch.nn.utils.remove_weight'):
+        prepare(model)
+    torch.nn.utils.remove_weight_norm(model[0])
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.randn(1, 2)
+    assert torch.equal(prepare(model)(x), model(x))
 
 
 @pytest.mark.parametrize('fault', ['wrong', 'nan', 'shape'])

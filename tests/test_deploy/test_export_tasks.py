@@ -139,10 +139,13 @@ def test_dense_head(detector, tmp_path):
         assert relative_error(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize('threshold', [0.05, 0.9])
-def test_boxes_are_those_of_mmdet(detector, threshold):
+@pytest.mark.parametrize(
+    'threshold,clip', [(0.05, True), (0.9, True), (0.05, False)]
+)
+def test_boxes_are_those_of_mmdet(detector, threshold, clip):
     cfg, checkpoint = detector
     model = load(cfg, checkpoint)
+    model.bbox_head.bbox_coder.clip_border = clip
     # More and fewer boxes than a level and a result may have.
     model.bbox_head.test_cfg.update(score_thr=threshold, nms_pre=300)
     network = build_network(model, nms=True)
@@ -179,12 +182,34 @@ def test_boxes_in_engines(detector, name, tmp_path):
     assert relative_error(scores[:count], expected.scores) < 1e-4
 
 
-def test_unsupported_suppression(detector):
+@pytest.mark.parametrize(
+    'nms',
+    [
+        dict(type='soft_nms', iou_threshold=0.5),
+        dict(type='nms', iou_threshold=0.5, class_agnostic=True),
+        dict(type='nms', iou_threshold=0.5, max_num=5),
+        dict(type='nms', iou_threshold=0.5, score_threshold=0.1),
+        dict(type='nms'),
+        None,
+    ],
+    ids=str,
+)
+def test_unsupported_suppression(detector, nms):
+    """Options that would be ignored are refused."""
     cfg, _ = detector
     model = build(cfg)
-    model.bbox_head.test_cfg.nms.type = 'soft_nms'
-    with pytest.raises(UserError, match="nms of type 'nms'.*soft_nms"):
+    model.bbox_head.test_cfg.nms = nms
+    with pytest.raises(UserError, match="requires test_cfg with nms of type"):
         build_network(model, nms=True)
+
+
+def test_options_without_effect(detector):
+    cfg, _ = detector
+    model = build(cfg)
+    model.bbox_head.test_cfg.nms.update(
+        class_agnostic=False, max_num=-1, split_thr=5000
+    )
+    build_network(model, nms=True)
 
 
 @pytest.mark.parametrize('change', ['none', 'box', 'label', 'missing'])
