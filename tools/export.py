@@ -1,7 +1,7 @@
 """Export a trained model to a file that runs without its Python code.
 
-The file is run in its engine at three other sizes and compared with PyTorch. If
-the outputs differ, it is removed and the exit code is 1.
+The file is run in its engine at three other sizes and compared with PyTorch.
+If the outputs differ, it is removed and the exit code is 1.
 """
 
 import argparse

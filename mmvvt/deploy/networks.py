@@ -289,11 +289,7 @@ class DetectorNetwork(DenseHeadNetwork):
             if value != NMS_DEFAULTS.get(key)
             and key not in ('iou_threshold', 'split_thr')
         }
-        if (
-            others
-            or 'iou_threshold' not in nms
-            or cfg.get('nms_pre', -1) <= 0
-        ):
+        if others or 'iou_threshold' not in nms or cfg.get('nms_pre', -1) <= 0:
             raise UserError(
                 "--nms requires test_cfg with nms of type 'nms', of whose "
                 'options only iou_threshold is set, and nms_pre above 0, got '

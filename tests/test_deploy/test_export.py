@@ -327,7 +327,9 @@ try:
 except WriteError as error:
     print('raised', error)
 """
-    done = run_tool('-c', script, env=dict(PYTHONPATH=os.path.dirname(__file__)))
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    done = run_tool('-c', script, env=dict(PYTHONPATH=path))
     assert done.returncode == 0 and 'raised cannot write' in done.stdout
     out = tmp_path / 'out' / f'model{FORMATS[name].suffix}'
     assert out.read_bytes() == b'before'

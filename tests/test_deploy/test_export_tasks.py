@@ -199,7 +199,7 @@ def test_unsupported_suppression(detector, nms):
     cfg, _ = detector
     model = build(cfg)
     model.bbox_head.test_cfg.nms = nms
-    with pytest.raises(UserError, match="requires test_cfg with nms of type"):
+    with pytest.raises(UserError, match='requires test_cfg with nms of type'):
         build_network(model, nms=True)
 
 

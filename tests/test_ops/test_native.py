@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from torch.autograd import forward_ad
 
 from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES
@@ -537,6 +538,70 @@ def test_block_is_not_worse(
 
 
 @needs_kernels
+@pytest.fixture
+def large_block(monkeypatch):
+    """A block that runs in strips with the kernels."""
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    torch.manual_seed(0)
+    return build_block()
+
+
+@needs_kernels
+def test_overflow_is_visible(large_block):
+    """Squares of these tokens overflow: NaN, as in the layers."""
+    x = images(1, 35, 48) * 1e20
+    out = large_block(x, (7, 5))
+    out.sum().backward()
+    assert out.isnan().all()
+    assert large_block.norm1.weight.grad.isnan().all()
+
+
+@needs_kernels
+def test_lazy_tensors(large_block):
+    """Tensors whose memory does not contain their values."""
+    x = images(1, 35, 48).requires_grad_()
+    cotangent = images(1, 35, 48)
+    negative = torch._neg_view(-x)
+    assert negative.is_neg()
+    out = large_block(x, (7, 5))
+    assert_close(large_block(negative, (7, 5)), out, torch.float32)
+
+    def grad(of_output):
+        return torch.autograd.grad(out, x, of_output, retain_graph=True)[0]
+
+    assert torch.equal(grad(torch._neg_view(-cotangent)), grad(cotangent))
+    zeros = torch._efficientzerotensor(out.shape)
+    assert torch.equal(grad(zeros), grad(torch.zeros_like(out)))
+
+
+@needs_kernels
+@pytest.mark.parametrize('convolves', [True, False])
+def test_gradients_can_be_modified(convolves, large_block, monkeypatch):
+    """In place, with autograd."""
+    monkeypatch.setattr(
+        common, 'convolves_weight_grads', lambda dtype: convolves
+    )
+    names, parameters = zip(*large_block.named_parameters())
+    out = large_block(images(1, 35, 48), (7, 5))
+    grads = torch.autograd.grad(out.sum(), parameters)
+    for name, parameter, grad in zip(names, parameters, grads):
+        if name[:6] in ('attn.q', 'attn.k', 'attn.v'):
+            continue  # autograd splits the gradient of a concatenation
+        expected = grad + parameter
+        assert torch.equal(grad.add_(parameter), expected), name
+
+
+@needs_kernels
+def test_forward_mode_through_the_backward_pass(large_block):
+    x = images(1, 35, 48).requires_grad_()
+    out = large_block(x, (7, 5))
+    with forward_ad.dual_level():
+        ones = torch.ones_like(out)
+        torch.autograd.grad(out, x, ones, retain_graph=True)
+        with pytest.raises(RuntimeError, match='double backward'):
+            torch.autograd.grad(out, x, forward_ad.make_dual(ones, ones))
+
+
 def test_same_result_twice(monkeypatch):
     """The result does not depend on the timing of the threads."""
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
@@ -826,6 +891,7 @@ def test_cache_that_cannot_be_written(tmp_path):
         (dict(MMVVT_NATIVE='0'), 'MMVVT_NATIVE is 0'),
         (dict(CXX='no-such-compiler'), 'no-such-compiler was not found'),
         (dict(CXX='false'), 'failed'),
+        (dict(CXX='g++ "'), "CXX is 'g++ \"': No closing quotation"),
     ],
 )
 def test_without_kernels(environment, reason, tmp_path):
@@ -833,6 +899,44 @@ def test_without_kernels(environment, reason, tmp_path):
     loaded, messages = run_script(tmp_path, **environment)
     assert loaded.startswith('False') and reason in loaded
     assert messages == ''
+
+
+@needs_kernels
+def test_no_folder_can_be_written(tmp_path):
+    """Also no temporary one, as in a container that is read-only."""
+    script = """
+from mmvvt.ops.native import library
+def fail(*arguments, **keywords):
+    raise OSError('Read-only file system')
+library.tempfile.mkstemp = library.tempfile.TemporaryDirectory = fail
+"""
+    loaded, messages = run_script(tmp_path, script + SCRIPT)
+    assert loaded == 'False | Read-only file system' and messages == ''
+
+
+def test_user_without_home(monkeypatch):
+    """`~` is not a folder to create."""
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+    with pytest.raises(OSError, match='no folder ~/.cache'):
+        library._cache_folder()
+
+
+def test_fork_while_another_thread_compiles():
+    with library._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if library._lock.acquire(timeout=1) else 1)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+
+
+@needs_kernels
+def test_compiler_whose_messages_are_not_utf8(tmp_path):
+    script = tmp_path / 'gcc'
+    script.write_bytes(b'#!/bin/sh\necho "\xe9"; exec g++ "$@"\n')
+    script.chmod(0o755)
+    assert run_script(tmp_path, CXX=str(script))[0] == 'True | '
 
 
 @needs_kernels

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from mmvvt.errors import UserError
 from mmvvt.models import strips
 from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops import LOCALITIES, processor
@@ -418,6 +419,23 @@ def test_what_goes_layer_by_layer(monkeypatch):
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 2 * 35 * 64)
     assert not runs_in_strips(build_block(), x)
     assert runs_in_strips(build_block(), torch.cat([x, x[:1]]))
+
+
+@pytest.mark.parametrize('grid', [(7, 5), (0, 4)])
+def test_batch_without_images(grid, monkeypatch):
+    """The layers compute it, also where all other blocks run in strips."""
+    monkeypatch.setattr(common, 'has_products', lambda dtype: False)
+    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    batch = 0 if grid[0] else 2
+    x = torch.zeros(batch, grid[0] * grid[1], 16, dtype=torch.bfloat16)
+    block = build_block(torch.bfloat16)
+    assert not runs_in_strips(block, x, grid)
+    if batch == 0:
+        block(x.requires_grad_(), grid).sum().backward()
+        assert x.grad.shape == x.shape
+    else:
+        with pytest.raises(UserError, match='spatial_shape'):
+            block(x, grid)
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,24 @@ def _openmp_runtime() -> str:
 
 
 def _compiler() -> List[str]:
-    command = shlex.split(os.environ.get('CXX') or 'g++')
-    if shutil.which(command[0]) is None:
-        raise NativeError(f'{command[0]} was not found')
+    setting = os.environ.get('CXX', '').strip() or 'g++'
+    try:
+        command = shlex.split(setting)
+    except ValueError as error:
+        raise NativeError(f'CXX is {setting!r}: {error}') from error
+    if not command or shutil.which(command[0]) is None:
+        raise NativeError(f'{setting} was not found')
     return command
 
 
 def _run(command: List[str]) -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT
+            command,
+            capture_output=True,
+            text=True,
+            errors='replace',
+            timeout=TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f'{command[0]} did not run: {error}') from error
@@ -94,6 +102,8 @@ def _run(command: List[str]) -> str:
 
 def _cache_folder() -> Path:
     base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if not os.path.isabs(base):
+        raise FileNotFoundError(f'there is no folder {base}')
     return Path(base, 'mmvvt', 'native')
 
 
@@ -177,6 +187,16 @@ def _compile() -> ctypes.CDLL:
                 ) from error
 
 
+def _renew_lock() -> None:
+    """Another thread of the parent may have held the lock at a fork."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def load() -> Tuple[Optional[ctypes.CDLL], str]:
     """Load the compiled kernels; compile them if necessary.
 
@@ -195,7 +215,7 @@ def load() -> Tuple[Optional[ctypes.CDLL], str]:
                 if os.environ.get(SWITCH) == '0':
                     raise NativeError(f'{SWITCH} is 0')
                 _loaded = _compile(), ''
-            except NativeError as error:
+            except (NativeError, OSError) as error:
                 _loaded = None, str(error)
                 logger.info('strips use PyTorch operations: %s', error)
         return _loaded

@@ -27,7 +27,9 @@ Moments moments(const X* x, int64_t channels, float eps) {
     const vec centred = load(x + c) - mean;
     squares += centred * centred;
   }
-  return {mean, 1 / std::sqrt(sum(squares) / channels + eps)};
+  // If the squares overflow, the normalised tokens are NaN, as in PyTorch.
+  const float variance = sum(squares) / channels + eps;
+  return {mean, variance < INFINITY ? 1 / std::sqrt(variance) : NAN};
 }
 
 template <typename X, typename T>

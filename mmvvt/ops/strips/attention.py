@@ -18,8 +18,8 @@ from ..clamp import mask_clamp_grad
 from .common import (
     GradSums,
     all_strips,
-    check_differentiated_once,
     dtype_of_strips,
+    incoming_grad,
     linear,
     sum_dtype,
     to_images,
@@ -193,9 +193,9 @@ class _AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        check_differentiated_once()
+        grad = incoming_grad(grad)
         with without_autocast(grad):
-            return _AttentionBranch._backward(ctx, grad.contiguous())
+            return _AttentionBranch._backward(ctx, grad)
 
     @staticmethod
     def _backward(ctx, grad):

@@ -8,6 +8,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..autograd import has_modes, is_transformed
 from ..native import load
@@ -142,6 +143,8 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
         and x.device.type == 'cpu'
         and x.dtype in _token_dtypes()
         and type(x) in (Tensor, torch.nn.Parameter)
+        and x.numel() > 0
+        and has_values_in_memory(x)
         and (
             not has_products(_dtype_of_layers(x))
             or len(x) * x.shape[1] * channels > _least_numbers(x, channels)
@@ -154,19 +157,42 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_differentiated_once() -> None:
-    """Check that the backward pass is not itself differentiated.
+def has_values_in_memory(t: Tensor) -> bool:
+    """Whether the memory of a tensor contains its values.
+
+    PyTorch negates some tensors lazily, and some zeros have no memory.
+    """
+    return not t.is_neg() and not t._is_zerotensor()
+
+
+def incoming_grad(grad: Tensor) -> Tensor:
+    """Check and prepare the gradient of the output of a branch.
+
+    Args:
+        grad (Tensor): Gradient of the output.
+
+    Returns:
+        Tensor: The same values, contiguous and in memory.
 
     Raises:
-        RuntimeError: If the backward pass runs with ``create_graph=True``.
-            Double backward is not supported.
+        RuntimeError: If the backward pass is itself differentiated, by
+            ``create_graph=True`` or by forward-mode differentiation.
     """
-    if torch.is_grad_enabled():
+    is_dual = (
+        forward_ad._current_level >= 0
+        and forward_ad.unpack_dual(grad).tangent is not None
+    )
+    if torch.is_grad_enabled() or is_dual:
         raise RuntimeError(
             'double backward (create_graph=True) is not supported for blocks '
             "that run in strips; set attn_cfg=dict(backend='reference'), "
             'which supports it'
         )
+    if not has_values_in_memory(grad):
+        grad = torch.zeros(
+            grad.shape, dtype=grad.dtype, device=grad.device
+        ).add_(grad)
+    return grad.contiguous()
 
 
 def to_images(
@@ -327,8 +353,9 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
         1,
         [False, True, False],
     )
-    # (C_out, C_in, 1, 1) -> (C_out, C_in)
-    return weight.flatten(1)
+    # (C_out, C_in, 1, 1) -> (C_out, C_in), not as a view: a gradient that is
+    # a view cannot be modified in place with autograd.
+    return weight.squeeze_(3).squeeze_(2)
 
 
 def to_channels(x: Tensor) -> Tensor:

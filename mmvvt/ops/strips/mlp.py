@@ -15,9 +15,9 @@ from ..autograd import needs_custom_backward, without_autocast
 from .common import (
     GradSums,
     RowWindow,
-    check_differentiated_once,
     cut,
     dtype_of_strips,
+    incoming_grad,
     linear,
     sum_dtype,
     to_images,
@@ -137,9 +137,9 @@ class _MLPBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        check_differentiated_once()
+        grad = incoming_grad(grad)
         with without_autocast(grad):
-            return _MLPBranch._backward(ctx, grad.contiguous())
+            return _MLPBranch._backward(ctx, grad)
 
     @staticmethod
     def _backward(ctx, grad):

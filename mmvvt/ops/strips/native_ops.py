@@ -154,7 +154,7 @@ class NativeOps(TorchOps):
         grads: GradSums,
     ) -> None:
         images, rows, width, channels = x.shape
-        weight_grad, bias_grad = _zeros(2, channels)
+        weight_grad, bias_grad = _zeros(channels), _zeros(channels)
         _call(
             'mmvvt_layer_norm_backward',
             x,
@@ -316,9 +316,9 @@ class NativeOps(TorchOps):
             sums,
             *grad.shape,
         )
-        # (9, D) -> (D, 9) -> (D, 1, 3, 3)
-        weight_grad = sums[:9].t().reshape(channels, 1, 3, 3)
-        return active, mixed_grad, weight_grad, sums[9]
+        # (9, D) -> (D, 9) -> (D, 1, 3, 3), not as views, see weight_grad
+        weight_grad = sums[:9].t().reshape(channels, 1, 3, 3).clone()
+        return active, mixed_grad, weight_grad, sums[9].clone()
 
     def factors(
         self,
