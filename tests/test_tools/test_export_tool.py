@@ -51,7 +51,7 @@ def test_writes_a_checked_file(files, tmp_path):
         (['--out', 'm.pt'], 'must have a name that ends with .onnx, got m.pt'),
         (['--out', 'no/m.onnx'], 'no does not exist'),
         (['--out', 'm.onnx', '--fixed-size', '224'], 'must be HxW, such as'),
-        (['--out', 'm.onnx', '--fixed-size', '31x64'], 'of at least 32, got (31'),
+        (['--out', 'm.onnx', '--fixed-size', '31x64'], 'least 32, got (31'),
     ],
 )
 def test_errors_are_one_line(files, arguments, message):
