@@ -27,7 +27,11 @@ from mmvvt.ops.strips import common, native_ops
 from conftest import ROOT
 
 PAGE = ROOT / 'benchmarks' / 'README.md'
-FILES = sorted(PAGE.parent.glob('avx512_*.csv'))
+FILES = sorted(
+    path
+    for pattern in ('avx512_*.csv', 'intel_*.csv')
+    for path in PAGE.parent.glob(pattern)
+)
 
 
 def test_differing_sides_are_not_timed():
