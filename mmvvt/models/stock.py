@@ -27,6 +27,9 @@ HOOKS = (
     '_backward_hooks',
     '_backward_pre_hooks',
 )
+# Hooks of all modules, by name in torch.nn.modules.module. The dictionaries of
+# hooks that are always called, or with keyword arguments, have the same keys.
+GLOBAL_HOOKS = tuple(f'_global{name}' for name in HOOKS)
 _MODULE_CALL = nn.Module.__call__
 
 
@@ -66,7 +69,7 @@ class StockLayer:
 def _is_observed() -> bool:
     """Whether global hooks or modes observe the calls of modules."""
     return (
-        bool(torch_module._has_any_global_hook())
+        any(getattr(torch_module, name) for name in GLOBAL_HOOKS)
         or nn.Module.__call__ is not _MODULE_CALL
         or has_modes()
     )

@@ -537,7 +537,6 @@ def test_block_is_not_worse(
             assert ours <= 2 * theirs, name
 
 
-@needs_kernels
 @pytest.fixture
 def large_block(monkeypatch):
     """A block that runs in strips with the kernels."""
@@ -602,6 +601,7 @@ def test_forward_mode_through_the_backward_pass(large_block):
             torch.autograd.grad(out, x, forward_ad.make_dual(ones, ones))
 
 
+@needs_kernels
 def test_same_result_twice(monkeypatch):
     """The result does not depend on the timing of the threads."""
     monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
