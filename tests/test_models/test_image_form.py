@@ -231,14 +231,18 @@ def test_wide_mlps_are_exported_in_parts(mlp_ratios, parts):
 
 
 def test_float16_does_not_overflow():
+    """The median over images: the clamps amplify the errors of some."""
     model = build()
     form = ImageForm(build(), 'channels').half()
-    x = 1000 * torch.randn(1, 3, 256, 256)
-    with torch.no_grad():
-        for a, b in zip(form(x.half()), model(x)):
-            assert a.isfinite().all()
-            # 0.002 to 0.05, depending on the image: the clamps amplify errors.
-            assert relative_error(a, b) < 0.1
+    errors = []
+    for _ in range(7):
+        x = 1000 * torch.randn(1, 3, 256, 256)
+        with torch.no_grad():
+            outs, expected = form(x.half()), model(x)
+        assert all(out.isfinite().all() for out in outs)
+        errors.append([relative_error(a, b) for a, b in zip(outs, expected)])
+    for of_map in zip(*errors):
+        assert sorted(of_map)[3] < 0.03
 
 
 def test_norm_is_checked():
