@@ -172,6 +172,18 @@ def test_zero_and_tiny_numbers_are_clamped_as_usual(norm):
     check_same(model, ImageForm(model, norm), 1e-5)
 
 
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('scale', [1e-8, 1e8])
+def test_output_of_the_attention_is_clamped(norm, scale):
+    """Before the gate and after it, which doubles it at most."""
+    model = build().double()
+    with torch.no_grad():
+        for block in model.block1:
+            block.attn.out_proj.weight.mul_(scale)
+            block.attn.out_proj.bias.zero_()
+    check_same(model, ImageForm(model, norm))
+
+
 @pytest.mark.parametrize('norm,norms', [('tokens', 8), ('channels', 0)])
 def test_exported_graph(norm, norms):
     """The graph has the form that was asked for, also in ``torch.export``.
