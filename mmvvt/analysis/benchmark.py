@@ -133,8 +133,13 @@ def machine_line(threads: Optional[int] = None) -> str:
             or platform.processor()
             or platform.machine()
         )
-        # Some names are shared by processors of very different speed.
-        device = f'{device} ({torch.backends.cpu.get_cpu_capability()})'
+        # Virtual machines shorten the name: processors of very different
+        # speed are called 'AMD EPYC'.
+        details = [torch.backends.cpu.get_cpu_capability()]
+        family, model = processor_field('cpu family'), processor_field('model')
+        if family and model:  # of x86 processors
+            details.append(f'family {family}, model {model}')
+        device = f'{device} ({", ".join(details)})'
     return (
         f'{device}, {threads or torch.get_num_threads()} threads, Python '
         f'{platform.python_version()}, torch {torch.__version__}'

@@ -17,6 +17,7 @@ import logging
 import statistics
 import threading
 import time
+import weakref
 from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -281,7 +282,18 @@ def _in_job() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _agree(key: str, device_name: str, decide: Callable[[], str]) -> str:
+def _find_store() -> Any:
+    """Return the key-value store of the job, or None if it has none."""
+    try:
+        # PyTorch has no public function that returns the store.
+        return dist.distributed_c10d._get_default_store()
+    except (AttributeError, ValueError):
+        return None
+
+
+def _agree(
+    store: Any, key: str, device_name: str, decide: Callable[[], str]
+) -> str:
     """Take the decision of rank 0 in a job with several processes.
 
     Rank 0 decides, and writes the decision to the key-value store with which
@@ -297,6 +309,7 @@ def _agree(key: str, device_name: str, decide: Callable[[], str]) -> str:
     own.
 
     Args:
+        store (Store, optional): Key-value store of the job.
         key (str): Description of the class without the device.
         device_name (str): Model of the GPU.
         decide (Callable): Function that runs the trial.
@@ -305,11 +318,6 @@ def _agree(key: str, device_name: str, decide: Callable[[], str]) -> str:
         str: 'torch' or 'triton'.
     """
     global _rank_0_is_late
-    try:
-        # PyTorch has no public function that returns the store.
-        store = dist.distributed_c10d._get_default_store()
-    except (AttributeError, ValueError):
-        store = None
     if store is None:  # for example with the backend 'mpi'
         logger.warning(
             "backend 'torch' is used for %s: the job has no key-value store",
@@ -350,7 +358,7 @@ def select(
 
     The class of a call consists of the operation, the model of the GPU, the
     settings and whether a gradient is needed. Its decision is made once per
-    process.
+    process, and again in each distributed job that the process joins.
 
     Args:
         operation (str): Name of the operation.
@@ -376,12 +384,15 @@ def select(
         device_name = torch.cuda.get_device_properties(device).name
     needs_grad = needs_custom_backward(*tensors.values())
     in_job = _in_job()
+    store = _find_store() if in_job else None
     class_key = (
         operation,
         device_name,
         tuple(settings.items()),
         needs_grad,
         in_job,
+        # A reference would keep the port of a job in use after its end.
+        None if store is None else weakref.ref(store),
     )
     decision = _decisions.get(class_key)
     if decision is not None:
@@ -402,7 +413,9 @@ def select(
     try:
         if class_key not in _decisions:
             _decisions[class_key] = (
-                _agree(key, device_name, decide) if in_job else decide()
+                _agree(store, key, device_name, decide)
+                if in_job
+                else decide()
             )
         return _decisions[class_key]
     finally:

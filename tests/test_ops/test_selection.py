@@ -532,6 +532,18 @@ if rank == 1:
     assert decided == ['other (, forward) on CPU']
 dist.barrier()
 
+# In a second job of the same processes, rank 0 decides again.
+del store
+dist.destroy_process_group()
+dist.init_process_group(
+    'gloo', init_method='file://' + sys.argv[2] + '2', rank=rank, world_size=2)
+decided.clear()
+selection.TIMEOUT = 30
+selection._rank_0_is_late = False
+assert select('both') == select('both') == 'triton'
+assert len(decided) == (rank == 0), decided
+dist.barrier()
+
 # A job without a store
 dist.distributed_c10d._get_default_store = lambda: None
 assert select('no store') == 'torch'

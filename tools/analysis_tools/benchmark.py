@@ -47,7 +47,6 @@ from mmvvt.analysis.engines import (
     open_engine,
     peak_memory_of_file,
 )
-from mmvvt.apis import keep_freed_memory
 from mmvvt.cli import run
 from mmvvt.errors import UserError
 from mmvvt.ops.native import load
@@ -310,6 +309,10 @@ def benchmark(args, models, opened, sizes):
 
 
 def main():
+    # The processes that measure memory import this file, and should use only
+    # the memory that a model needs.
+    from mmvvt.apis import keep_freed_memory
+
     args = parse_args()
     if args.runs < 1:
         raise UserError(f'--runs must be 1 or more, got {args.runs}')
