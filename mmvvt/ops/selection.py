@@ -413,9 +413,7 @@ def select(
     try:
         if class_key not in _decisions:
             _decisions[class_key] = (
-                _agree(store, key, device_name, decide)
-                if in_job
-                else decide()
+                _agree(store, key, device_name, decide) if in_job else decide()
             )
         return _decisions[class_key]
     finally:
