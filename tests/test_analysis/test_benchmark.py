@@ -157,7 +157,7 @@ def test_kinds_of_operations():
 @pytest.mark.skipif(load()[0] is None, reason=load()[1])
 def test_profile_contains_the_kernels(monkeypatch):
     """Each kernel of a training step is counted."""
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     called = set()
     call = native_ops._call
 

@@ -168,7 +168,7 @@ def test_classifier(predictor_of, image, options, layer, size, monkeypatch):
     """
     # With the kernels, strips are used from a sixteenth of the size on.
     least = 1 << 20 if load()[0] is None else 1 << 24
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', least)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', least)
     calls = []
     forward = strips.forward
     monkeypatch.setattr(

@@ -25,7 +25,7 @@ GRID = (7, 5)
 
 @pytest.fixture(autouse=True)
 def _small_images_too(monkeypatch):
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
 
 
 def build_block(dtype=torch.float64, **options):

@@ -24,7 +24,7 @@ def compiler(monkeypatch):
     All eager blocks run in strips. The compiler must not: it could not
     optimise them.
     """
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     torch._dynamo.reset()
     with torch._inductor.config.patch({'cpp.simdlen': 1}):
         yield

@@ -26,8 +26,8 @@ LINEAR = ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'fc1', 'fc2']
 
 @pytest.fixture(autouse=True)
 def _small_images_run_in_strips(monkeypatch):
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 1)
-    monkeypatch.setattr(common, 'STRIP_NUMBERS', 64 * 8)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 1)
+    monkeypatch.setattr(common, 'STRIP_ELEMENTS', 64 * 8)
 
 
 def wrap(backbone, targets):

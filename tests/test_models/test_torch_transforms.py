@@ -38,14 +38,14 @@ def nano(**options):
 @pytest.fixture
 def strips(monkeypatch):
     """Run all blocks in strips wherever strips can be used."""
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
 
 
 @pytest.fixture(params=[False, True], ids=['layers', 'strips'])
 def branch(request, monkeypatch):
     """Run eager blocks layer by layer, or all of them in strips."""
     least = 0 if request.param else math.inf
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', least)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', least)
 
 
 def check_outputs(outs, expected, tolerance=1e-5):

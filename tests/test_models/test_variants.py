@@ -243,7 +243,7 @@ def test_large_images_on_a_cpu(variant, monkeypatch):
     x = torch.randn(2, 3, 70, 45, dtype=torch.float64)
     results = []
     for least in (math.inf, 0):
-        monkeypatch.setattr(common, 'LEAST_NUMBERS', least)
+        monkeypatch.setattr(common, 'MIN_ELEMENTS', least)
         model.zero_grad()
         outs = model(x)
         sum(out.pow(4).mean() for out in outs).backward()
@@ -254,7 +254,7 @@ def test_large_images_on_a_cpu(variant, monkeypatch):
 
 
 def test_variants_do_not_run_in_strips(variant, monkeypatch):
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     x = torch.randn(1, 15, 8)
     main = VVT(ARCH).block1[0]
     assert strips.find_obstacle(main, x, (3, 5)) is None

@@ -277,7 +277,7 @@ def test_compiles_in_one_graph():
 
 def test_exports(monkeypatch):
     """A model that runs in strips can be exported."""
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     model = nano(out_indices=ALL).eval()
     x = torch.randn(1, 3, 64, 48)
     with torch.no_grad():

@@ -109,7 +109,7 @@ def test_layer_norm(dtype, tokens, channels):
     assert_close(sums, expected_sums, torch.float32)
 
     grad = images(3, 5, 7, channels, dtype=dtype)
-    shortcut = images(3, 5, 7, channels, dtype=tokens)
+    residual_grad = images(3, 5, 7, channels, dtype=tokens)
     mean_grad = images(3, channels)
     results = []
     for mean in (mean_grad, None):
@@ -119,7 +119,7 @@ def test_layer_norm(dtype, tokens, channels):
             x,
             grad,
             mean,
-            shortcut,
+            residual_grad,
             weight,
             bias,
             1e-6,
@@ -131,7 +131,7 @@ def test_layer_norm(dtype, tokens, channels):
             doubles[0],
             grad.double(),
             None if mean is None else mean.double(),
-            shortcut.double(),
+            residual_grad.double(),
             *doubles[1:],
             1e-6,
             statistics,
@@ -496,8 +496,8 @@ def test_block_is_not_worse(
     geometric mean is compared, which is stricter. The 72 channels of q, k and
     v then end with half a vector. Rows of 19 tokens are multiplied separately.
     """
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
-    monkeypatch.setattr(common, 'STRIP_NUMBERS', strip_numbers)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
+    monkeypatch.setattr(common, 'STRIP_ELEMENTS', strip_numbers)
     monkeypatch.setattr(
         common,
         'has_products',
@@ -541,7 +541,7 @@ def test_block_is_not_worse(
 @pytest.fixture
 def large_block(monkeypatch):
     """A block that runs in strips with the kernels."""
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     torch.manual_seed(0)
     return build_block()
 
@@ -605,7 +605,7 @@ def test_forward_mode_through_the_backward_pass(large_block):
 @needs_kernels
 def test_same_result_twice(monkeypatch):
     """The result does not depend on the timing of the threads."""
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     block = build_block()
     x, cotangent = torch.randn(2, 2, 900, 48)
     first, second = (run(block, x, (30, 30), cotangent) for _ in range(2))
@@ -617,13 +617,13 @@ def test_same_result_twice(monkeypatch):
 @pytest.mark.parametrize('locality', LOCALITIES)
 def test_default_dtype_and_device(locality, monkeypatch):
     """Kernels write float32, also where new tensors are something else."""
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     block = build_block(locality=locality)
     x, cotangent = torch.randn(2, 2, 35, 48)
     expected = run(block, x, (7, 5), cotangent)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    native_ops._is_right.cache_clear()
+    native_ops._is_accurate.cache_clear()
     try:
         with torch.device('meta'):
             result = run(block, x, (7, 5), cotangent)
@@ -635,7 +635,7 @@ def test_default_dtype_and_device(locality, monkeypatch):
 
 @needs_kernels
 def test_number_of_threads(monkeypatch):
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     block = build_block()
     x, cotangent = torch.randn(2, 1, 35, 48)
     expected = run(block, x, (7, 5), cotangent)
@@ -703,7 +703,7 @@ def test_selection():
 )
 def test_wrong_kernels_are_not_used(method, dtype, monkeypatch):
     """Another compiler could make a mistake: it is found at the first use."""
-    native_ops._is_right.cache_clear()
+    native_ops._is_accurate.cache_clear()
     state = torch.get_rng_state()
     assert kind(dtype) is NativeOps
     assert torch.equal(torch.get_rng_state(), state)
@@ -723,11 +723,11 @@ def test_wrong_kernels_are_not_used(method, dtype, monkeypatch):
         lambda text, *values: messages.append(text % values),
     )
     monkeypatch.setattr(NativeOps, method, wrong)
-    native_ops._is_right.cache_clear()
+    native_ops._is_accurate.cache_clear()
     try:
         assert kind(dtype) is kind(dtype) is TorchOps
     finally:
-        native_ops._is_right.cache_clear()
+        native_ops._is_accurate.cache_clear()
     (message,) = messages  # once, not at each call
     assert f'not used in {dtype}' in message
 
@@ -736,11 +736,11 @@ def test_wrong_kernels_are_not_used(method, dtype, monkeypatch):
 def test_flops_counters_see_the_operations(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     block, x = build_block(), torch.randn(1, 35, 48)
     totals = []
     for least in (0, 10**9):
-        monkeypatch.setattr(common, 'LEAST_NUMBERS', least)
+        monkeypatch.setattr(common, 'MIN_ELEMENTS', least)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             block(x, (7, 5))
         totals.append(counter.get_total_flops())
@@ -753,7 +753,7 @@ SCRIPT = """
 import torch
 from mmvvt.ops.native import load
 from mmvvt.ops.strips import common
-common.LEAST_NUMBERS = 0
+common.MIN_ELEMENTS = 0
 from mmvvt.models.vvt import VVTBlock
 torch.manual_seed(0)
 block, x = VVTBlock(48, 2, 2, 1, 1), torch.randn(1, 35, 48)

@@ -88,12 +88,12 @@ def assert_same(ours, expected, tolerance):
 
 @pytest.fixture(autouse=True)
 def _small_images_too(monkeypatch):
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
 
 
 @pytest.fixture(params=STRIPS)
 def strip_numbers(request, monkeypatch):
-    monkeypatch.setattr(common, 'STRIP_NUMBERS', STRIPS[request.param])
+    monkeypatch.setattr(common, 'STRIP_ELEMENTS', STRIPS[request.param])
     return request.param
 
 
@@ -255,7 +255,7 @@ def test_autocast_converts_weights_once(monkeypatch):
             return super().depthwise(window, weight, *args)
 
     monkeypatch.setattr(mlp, 'select_ops', lambda *_: Ops())
-    monkeypatch.setattr(common, 'STRIP_NUMBERS', 1)
+    monkeypatch.setattr(common, 'STRIP_ELEMENTS', 1)
     monkeypatch.setattr(common, 'has_products', lambda dtype: True)
     block = build_block(torch.float32)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
@@ -305,7 +305,7 @@ def test_frozen_layers_get_no_gradient(strip_numbers):
 
 def test_saves_less_than_half(monkeypatch):
     """Strips save less than half of the memory for the backward pass."""
-    monkeypatch.setattr(common, 'STRIP_NUMBERS', 64 * 16 * 4)
+    monkeypatch.setattr(common, 'STRIP_ELEMENTS', 64 * 16 * 4)
     block = build_block(torch.float32)
     x = torch.randn(1, 16 * 16, 16)
 
@@ -333,7 +333,7 @@ def test_queries_need_no_memory(strip_rows, monkeypatch):
     block = build_block(torch.float32)
     x = torch.randn(1, 16 * 16, 16)
     # The attention strips are as wide as two tensors of 4 * 8 features.
-    monkeypatch.setattr(common, 'STRIP_NUMBERS', strip_rows * 16 * 2 * 32)
+    monkeypatch.setattr(common, 'STRIP_ELEMENTS', strip_rows * 16 * 2 * 32)
     attend = TorchOps.attend
     seen = []
 
@@ -416,7 +416,7 @@ def test_what_goes_layer_by_layer(monkeypatch):
         assert not runs_in_strips(build_block(torch.float32), x.half())
         assert not runs_in_strips(build_block(torch.bfloat16), x.bfloat16())
     # number of elements in the hidden layers of two images
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 2 * 35 * 64)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 2 * 35 * 64)
     assert not runs_in_strips(build_block(), x)
     assert runs_in_strips(build_block(), torch.cat([x, x[:1]]))
 
@@ -425,7 +425,7 @@ def test_what_goes_layer_by_layer(monkeypatch):
 def test_batch_without_images(grid, monkeypatch):
     """The layers compute it, also where all other blocks run in strips."""
     monkeypatch.setattr(common, 'has_products', lambda dtype: False)
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 0)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 0)
     batch = 0 if grid[0] else 2
     x = torch.zeros(batch, grid[0] * grid[1], 16, dtype=torch.bfloat16)
     block = build_block(torch.bfloat16)
@@ -457,7 +457,7 @@ def test_products_by_processor(flag, dtype, monkeypatch):
         monkeypatch.setattr(
             torch.cpu, name, lambda name=name: name == flag, raising=False
         )
-    monkeypatch.setattr(common, 'LEAST_NUMBERS', 10**9)
+    monkeypatch.setattr(common, 'MIN_ELEMENTS', 10**9)
     x = torch.randn(2, 35, 16)
     for low in (torch.bfloat16, torch.float16):
         assert common.has_products(low) is (low == dtype)

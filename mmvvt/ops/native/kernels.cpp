@@ -51,12 +51,13 @@ void mmvvt_layer_norm(const void* x, bool x_half, const float* weight,
   });
 }
 
-// x, shortcut, out: (b, p, C). grad: (b, p, C), the gradient of the output of
-// the LayerNorm; mean_grad: (b, C), added to the gradient of each token, or
-// null. out = shortcut + gradient of x. weight, weight_grad, bias_grad: (C).
+// x, residual_grad, out: (b, p, C). grad: (b, p, C), the gradient of the output
+// of the LayerNorm; mean_grad: (b, C), added to the gradient of each token, or
+// null. weight, weight_grad, bias_grad: (C). out is the sum of residual_grad and
+// the gradient of x.
 void mmvvt_layer_norm_backward(const void* x, bool x_half, const void* grad,
                                bool half, const float* mean_grad,
-                               const void* shortcut, const float* weight,
+                               const void* residual_grad, const float* weight,
                                float eps, void* out, float* weight_grad,
                                float* bias_grad, int64_t images,
                                int64_t tokens, int64_t channels, int threads) {
@@ -65,7 +66,7 @@ void mmvvt_layer_norm_backward(const void* x, bool x_half, const void* grad,
       using X = decltype(x_type);
       using T = decltype(type);
       layer_norm_backward((const X*)x, (const T*)grad, mean_grad,
-                          (const X*)shortcut, weight, eps, (X*)out,
+                          (const X*)residual_grad, weight, eps, (X*)out,
                           weight_grad, bias_grad, images, tokens, channels,
                           threads);
     });

@@ -57,7 +57,7 @@ void layer_norm(const X* x, const float* weight, const float* bias, float eps,
 
 template <typename X, typename T>
 void layer_norm_backward(const X* x, const T* grad, const float* mean_grad,
-                         const X* shortcut, const float* weight, float eps,
+                         const X* residual_grad, const float* weight, float eps,
                          X* out, float* weight_grad, float* bias_grad,
                          int64_t images, int64_t tokens, int64_t channels,
                          int threads) {
@@ -86,7 +86,7 @@ void layer_norm_backward(const X* x, const T* grad, const float* mean_grad,
       for (int64_t c = 0; c < channels; c += WIDTH) {
         const vec normed = (load(in + c) - m.mean) * m.rstd;
         store(out + t * channels + c,
-              load(shortcut + t * channels + c) +
+              load(residual_grad + t * channels + c) +
                   (load(&line[c]) - a - normed * b) * m.rstd);
       }
       if (t % BLOCK == 0) totals.collect(i);

@@ -17,10 +17,10 @@ from ..processor import processor_field
 # Maximum number of elements of the widest activation of a strip, 12 MiB in
 # float32. With smaller strips, the overhead of launching each operation
 # exceeds the gain from better cache use.
-STRIP_NUMBERS = 4096 * 768
+STRIP_ELEMENTS = 4096 * 768
 # Batches whose widest activation has no more elements than this, 4 MiB in
 # float32, are faster layer by layer; with the kernels, a sixteenth of this.
-LEAST_NUMBERS = 1 << 20
+MIN_ELEMENTS = 1 << 20
 # Number of tokens up to which a product is not computed as a convolution, in
 # 16-bit dtypes and in float32 with MKL on an Intel processor. With 196 tokens
 # and 512 x 2048 weights, the convolution takes 1.2 to 1.6 times as long in
@@ -114,11 +114,11 @@ def has_kernels(x: Tensor, dtype: torch.dtype, channels: int) -> bool:
     return x.shape[-1] % width == channels % width == 0
 
 
-def _least_numbers(x: Tensor, channels: int) -> int:
+def _min_elements(x: Tensor, channels: int) -> int:
     """Number of elements above which strips are faster than the layers."""
     if has_kernels(x, dtype_of_strips(x), channels):
-        return LEAST_NUMBERS // 16
-    return LEAST_NUMBERS
+        return MIN_ELEMENTS // 16
+    return MIN_ELEMENTS
 
 
 def runs_in_strips(x: Tensor, channels: int) -> bool:
@@ -147,7 +147,7 @@ def runs_in_strips(x: Tensor, channels: int) -> bool:
         and has_values_in_memory(x)
         and (
             not has_products(_dtype_of_layers(x))
-            or len(x) * x.shape[1] * channels > _least_numbers(x, channels)
+            or len(x) * x.shape[1] * channels > _min_elements(x, channels)
         )
     )
 
@@ -230,18 +230,18 @@ def cut(
     Yields:
         tuple[slice, list[slice]]: Slice of images, and the slices of rows to
         process in order. If the widest activation of an image has at most
-        :data:`STRIP_NUMBERS` elements, there is one slice with all rows.
+        :data:`STRIP_ELEMENTS` elements, there is one slice with all rows.
         Otherwise a single image is split into strips of at least three rows;
         its last strip may have fewer.
     """
-    images = STRIP_NUMBERS // (height * width * channels)
+    images = STRIP_ELEMENTS // (height * width * channels)
     if images >= 1:
         for first in range(0, batch, images):
             yield slice(first, min(first + images, batch)), [slice(0, height)]
         return
     # The minimum is three rows: after the row window of the activations, two
     # rows of the first strip remain for the row window of the gradients.
-    rows = max(3, STRIP_NUMBERS // (width * channels))
+    rows = max(3, STRIP_ELEMENTS // (width * channels))
     strips = [
         slice(top, min(top + rows, height)) for top in range(0, height, rows)
     ]

@@ -23,7 +23,7 @@ from .torch_ops import TorchOps
 logger = logging.getLogger('mmvvt')
 
 # Rows of fewer tokens are not multiplied separately.
-LEAST_WIDTH = 16
+MIN_ROW_WIDTH = 16
 
 # Arguments of the kernels: pointer, flag, float, 64-bit and 32-bit integer.
 _TYPES = dict(
@@ -145,7 +145,7 @@ class NativeOps(TorchOps):
         x: Tensor,
         grad: Tensor,
         mean_grad: Optional[Tensor],
-        shortcut: Tensor,
+        residual_grad: Tensor,
         weight: Tensor,
         bias: Tensor,
         eps: float,
@@ -162,7 +162,7 @@ class NativeOps(TorchOps):
             grad,
             _is_half(grad),
             mean_grad,
-            shortcut,
+            residual_grad,
             _floats(weight),
             eps,
             out,
@@ -328,7 +328,10 @@ class NativeOps(TorchOps):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Factors:
-        if locality in ('sum', 'product') and spatial_shape[1] >= LEAST_WIDTH:
+        if (
+            locality in ('sum', 'product')
+            and spatial_shape[1] >= MIN_ROW_WIDTH
+        ):
             of_rows, of_columns = separate_factors(
                 spatial_shape, locality, torch.float32, device
             )
@@ -490,7 +493,7 @@ def _results(ops: TorchOps, dtype: torch.dtype) -> List[Tensor]:
 
 
 @functools.lru_cache(maxsize=None)
-def _is_right(dtype: torch.dtype) -> bool:
+def _is_accurate(dtype: torch.dtype) -> bool:
     """Compare the kernels with PyTorch operations in float64, once.
 
     The kernels are compiled by a compiler that was never tested with them.
@@ -531,7 +534,7 @@ def select_ops(
     if (
         head_dims % 8 == 0
         and has_kernels(x, dtype, channels)
-        and _is_right(dtype)
+        and _is_accurate(dtype)
     ):
         return NativeOps()
     return TorchOps()

@@ -96,7 +96,7 @@ class TorchOps:
         x: Tensor,
         grad: Tensor,
         mean_grad: Optional[Tensor],
-        shortcut: Tensor,
+        residual_grad: Tensor,
         weight: Tensor,
         bias: Tensor,
         eps: float,
@@ -112,8 +112,8 @@ class TorchOps:
                 in place.
             mean_grad (Tensor, optional): Added to the gradient of each token,
                 of shape ``(b, C)``.
-            shortcut (Tensor): Gradient of the residual connection, added to
-                that of ``x``, of the shape of ``x``.
+            residual_grad (Tensor): Gradient of the residual connection,
+                added to that of ``x``, of the shape of ``x``.
             weight (Tensor): Weight of shape ``(C, )``.
             bias (Tensor): Bias of shape ``(C, )``.
             eps (float): Value added to the variance.
@@ -134,7 +134,7 @@ class TorchOps:
             bias,
             [True, True, True],
         )
-        torch.add(shortcut, x_grad, out=out)
+        torch.add(residual_grad, x_grad, out=out)
         grads.add('norm_weight', weight_grad)
         grads.add('norm_bias', bias_grad)
 
