@@ -71,7 +71,7 @@ def tool(monkeypatch):
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, 'keep_freed_memory', lambda: None)
+    monkeypatch.setattr('mmvvt.apis.keep_freed_memory', lambda: None)
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['tool', *map(str, arguments)])
