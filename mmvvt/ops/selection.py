@@ -57,7 +57,7 @@ SLACK = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps,
 }
 
-# Seconds that a process waits for the decision of rank 0, once in its life,
+# Seconds that a process waits for the decision of rank 0, once in a job,
 # and that a thread waits for the trial of another thread. Compiling the
 # kernels takes less, and collectives of PyTorch wait longer (10 minutes).
 TIMEOUT = 120.0
@@ -65,7 +65,8 @@ POLL_INTERVAL = 0.05
 
 _decisions: Dict[tuple, str] = {}
 _lock = threading.Lock()
-_rank_0_is_late = False
+# Stores of the jobs in which rank 0 did not decide in time.
+_late_jobs: 'weakref.WeakSet[Any]' = weakref.WeakSet()
 
 
 def may_decide(*tensors: Tensor) -> bool:
@@ -301,7 +302,7 @@ def _agree(
     there. There is no collective operation, which would hang if only some of
     the ranks call an operation, or if they call their operations in different
     orders. A rank that does not find the decision for :data:`TIMEOUT` seconds
-    uses 'torch', which is correct everywhere, for the rest of the process;
+    uses 'torch', which is correct everywhere, for the rest of the job;
     after that it looks for each further decision only once. Rank 0 never
     waits.
 
@@ -317,7 +318,6 @@ def _agree(
     Returns:
         str: 'torch' or 'triton'.
     """
-    global _rank_0_is_late
     if store is None:  # for example with the backend 'mpi'
         logger.warning(
             "backend 'torch' is used for %s: the job has no key-value store",
@@ -329,11 +329,11 @@ def _agree(
         decision = decide()
         store.set(key, f'{decision} {device_name}')
         return decision
-    deadline = time.monotonic() + (0 if _rank_0_is_late else TIMEOUT)
+    deadline = time.monotonic() + (0 if store in _late_jobs else TIMEOUT)
     # Store.wait would block other threads that use the store.
     while not store.check([key]):
         if time.monotonic() >= deadline:
-            _rank_0_is_late = True
+            _late_jobs.add(store)
             logger.warning(
                 "backend 'torch' is used for %s: rank 0 has not decided",
                 key,

@@ -14,6 +14,7 @@ from mmvvt.analysis.benchmark import (
     check_finite,
     check_same,
     kind_of,
+    machine_line,
     parse_size,
     peak_memory,
     profile,
@@ -24,7 +25,7 @@ from mmvvt.models.vvt import VVTBlock
 from mmvvt.ops.native import load
 from mmvvt.ops.strips import common, native_ops
 
-from conftest import ROOT
+from conftest import ROOT, run_tool
 
 PAGE = ROOT / 'benchmarks' / 'README.md'
 FILES = sorted(
@@ -32,6 +33,30 @@ FILES = sorted(
     for pattern in ('avx512_*.csv', 'intel_*.csv')
     for path in PAGE.parent.glob(pattern)
 )
+
+
+def test_memory_is_that_of_the_model():
+    """Processes that measure memory import the tool, but not its needs."""
+    tool = ROOT / 'tools' / 'analysis_tools' / 'benchmark.py'
+    done = run_tool(
+        '-c',
+        f'import runpy, sys; runpy.run_path({str(tool)!r}); '
+        "print(sorted({'mmvvt.apis', 'matplotlib'} & set(sys.modules)))",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == '[]'
+
+
+@pytest.mark.parametrize('family,shown', [('25', True), ('', False)])
+def test_machine_line_names_the_generation(monkeypatch, family, shown):
+    fields = {'model name': 'AMD EPYC', 'cpu family': family, 'model': '17'}
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(
+        'mmvvt.analysis.benchmark.processor_field', fields.__getitem__
+    )
+    line = machine_line()
+    assert line.startswith('AMD EPYC (')
+    assert ('family 25, model 17)' in line) is shown
 
 
 def test_differing_sides_are_not_timed():
