@@ -2,7 +2,7 @@
 
 import os
 import random
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from mmengine.runner import EpochBasedTrainLoop
 from ..errors import UserError
 
 MAX_SEED = 2**32  # Exclusive upper limit of seeds in NumPy
+# A VVT needs up to 16 graphs of its blocks: four stages, in training and
+# evaluation, at a batch size of one and at others.
+MAX_GRAPHS = 64
 
 
 def _seed_everything(seed: int) -> None:
@@ -159,13 +162,64 @@ class CompileBackboneHook(Hook):
     that checkpoints have the same keys as those of a model that is not
     compiled. It is compiled at its first call, which takes minutes.
 
+    With ``block_type``, only the blocks are compiled, for all sizes, and the
+    blocks of a stage share a graph (regional compilation). This takes a
+    fraction of the time, see ``docs/deploy.md``: the sizes of a VVT's fourth
+    stage are long expressions of the image size, those of a block are not.
+    All blocks share one limit of graphs,
+    ``torch._dynamo.config.cache_size_limit``, which is raised to
+    :data:`MAX_GRAPHS`.
+
+    With ``dynamic=True`` and neither ``mode`` nor ``options``, inductor's
+    ``layout_optimization`` is switched off. On CPUs, it makes the strides of
+    saved activations constants, and training would be compiled again at each
+    image width.
+
     Args:
+        block_type (str, optional): Name of the class of the blocks, such as
+            'VVTBlock', to compile only these. Defaults to None, the complete
+            backbone.
         **options: Arguments of :func:`torch.compile`, such as
-            ``dynamic=True`` for images of many sizes.
+            ``dynamic=True`` for images of many sizes, which is the default
+            if ``block_type`` is set.
+
+    Raises:
+        UserError: When the run starts, if the model has no backbone, the
+            backbone has no such blocks, or ``torch.compile`` does not accept
+            the options.
     """
 
-    def __init__(self, **options):
+    def __init__(self, block_type: Optional[str] = None, **options):
+        self.block_type = block_type
         self.options = options
+        if block_type is not None:
+            options.setdefault('dynamic', True)
+        if (
+            options.get('dynamic')
+            and options.get('backend', 'inductor') == 'inductor'
+            and not {'mode', 'options'} & options.keys()
+        ):
+            options['options'] = dict(layout_optimization=False)
+
+    def _find_modules(self, backbone: nn.Module) -> List[nn.Module]:
+        """Find the modules to compile."""
+        if self.block_type is None:
+            return [backbone]
+        classes = [type(module).__name__ for module in backbone.modules()]
+        if self.block_type not in classes:
+            raise UserError(
+                f'CompileBackboneHook found no block_type={self.block_type!r} '
+                f'in the backbone, whose modules are '
+                f'{", ".join(sorted(set(classes)))}'
+            )
+        torch._dynamo.config.cache_size_limit = max(
+            torch._dynamo.config.cache_size_limit, MAX_GRAPHS
+        )
+        return [
+            module
+            for module, name in zip(backbone.modules(), classes)
+            if name == self.block_type
+        ]
 
     def _compile(self, runner) -> None:
         model = runner.model
@@ -178,20 +232,25 @@ class CompileBackboneHook(Hook):
                 'CompileBackboneHook requires a model with a backbone, got '
                 f'{type(model).__name__}; remove the hook from custom_hooks'
             )
-        if backbone._compiled_call_impl is not None:
+        modules = self._find_modules(backbone)
+        if modules[0]._compiled_call_impl is not None:
             return  # Validation follows training.
         options = ', '.join(f'{k}={v!r}' for k, v in self.options.items())
         try:
-            backbone.compile(**self.options)
+            for module in modules:
+                module.compile(**self.options)
         except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f'CompileBackboneHook cannot call torch.compile({options}): '
                 f'{error}'
             ) from error
-        runner.logger.info(
-            f'{type(backbone).__name__} is compiled by torch.compile'
-            f'({options}) when it is first called'
-        )
+        if self.block_type is None:
+            what = f'{type(backbone).__name__} is compiled'
+            when = 'it is first called'
+        else:
+            what = f'{len(modules)} {self.block_type} are compiled'
+            when = 'they are first called'
+        runner.logger.info(f'{what} by torch.compile({options}) when {when}')
 
     def before_train(self, runner) -> None:
         """Compile the backbone before training."""

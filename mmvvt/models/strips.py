@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from mmvvt.ops import LOCALITIES, check_backend
@@ -25,6 +24,7 @@ from mmvvt.ops.strips import (
 )
 
 from .attention import VicinityAttention
+from .drop_path import DropPath
 from .mlp import DEPTHWISE, EXACT_GELU, ConvMLP, DWConv
 from .stock import StockLayer, find_difference
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
-from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import constant_init, trunc_normal_init
 from mmengine.registry import MODELS
@@ -24,6 +23,7 @@ from mmvvt.ops.unflatten import is_compiled_training, tokens_to_image
 
 from . import strips
 from .attention import GlobalContext, build_attention
+from .drop_path import DropPath
 from .mlp import ConvMLP
 
 MIN_SIZE = 32

@@ -5,6 +5,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel
@@ -13,6 +14,7 @@ from mmengine.runner import Runner
 
 from mmvvt.checkpoint import load_checkpoint_file
 from mmvvt.engine import CompileBackboneHook
+from mmvvt.engine.hooks import MAX_GRAPHS
 from mmvvt.errors import UserError
 
 from conftest import ROOT
@@ -122,6 +124,27 @@ def test_compiled_once_for_training_and_validation(
     assert len(graphs) == 2  # with and without gradients
 
 
+def test_blocks_only(digits_root, tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, 'cache_size_limit', 8)
+    graphs = []
+    hook = CompileBackboneHook(
+        block_type='VVTBlock', backend=counting_backend(graphs), fullgraph=True
+    )
+    runner, losses, state = run(
+        digits_root, tmp_path, [hook], **{'train_cfg.val_interval': 1}
+    )
+    assert losses == pytest.approx(plain[0], rel=1e-5)
+    assert state.keys() == plain[1].keys()
+    compiled = {
+        type(module).__name__
+        for module in runner.model.modules()
+        if module._compiled_call_impl is not None
+    }
+    assert compiled == {'VVTBlock'}
+    assert len(graphs) == 2  # with and without gradients
+    assert torch._dynamo.config.cache_size_limit == MAX_GRAPHS
+
+
 @pytest.mark.parametrize('task', ['val', 'test'])
 def test_compiled_without_training(task, digits_root, tmp_path):
     graphs = []
@@ -158,14 +181,45 @@ def test_models_in_wrappers():
     assert model.backbone._compiled_call_impl is not None
 
 
-def test_says_what_it_compiles(caplog):
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (
+            dict(mode='max-autotune', dynamic=True),
+            "Sequential is compiled by torch.compile(mode='max-autotune', "
+            'dynamic=True) when it is first called',
+        ),
+        (
+            dict(block_type='Linear', dynamic=False),
+            '2 Linear are compiled by torch.compile(dynamic=False) when they '
+            'are first called',
+        ),
+        (
+            dict(block_type='Linear'),
+            '2 Linear are compiled by torch.compile(dynamic=True, '
+            "options={'layout_optimization': False}) when they are first "
+            'called',
+        ),
+    ],
+)
+def test_says_what_it_compiles(caplog, options, message):
     caplog.set_level(logging.INFO, logger='hook')
-    hook = HOOKS.build(dict(type='CompileBackboneHook', dynamic=True))
-    hook.before_train(fake_runner(WithBackbone(nn.Linear(3, 2))))
-    assert caplog.messages == [
-        'Linear is compiled by torch.compile(dynamic=True) when it is first '
-        'called'
-    ]
+    hook = HOOKS.build(dict(type='CompileBackboneHook', **options))
+    backbone = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    hook.before_train(fake_runner(WithBackbone(backbone)))
+    assert caplog.messages == [message]
+
+
+def test_no_such_blocks():
+    message = (
+        "no block_type='VVTBlock' in the backbone, whose modules are "
+        'Linear, ReLU, Sequential$'
+    )
+    backbone = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    with pytest.raises(UserError, match=message):
+        CompileBackboneHook('VVTBlock').before_train(
+            fake_runner(WithBackbone(backbone))
+        )
 
 
 @pytest.mark.parametrize('model', [nn.Linear(3, 2), WithBackbone(None)])
