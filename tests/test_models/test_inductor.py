@@ -159,9 +159,8 @@ def test_training_of_two_stages_with_symbolic_sizes():
 
     PyTorch compiles this again at each further size.
     """
-    model, compiled = build(
-        torch.float64, arch=dict(ARCH, sr_ratios=[2, 1, 1, 1]), out_indices=(1,)
-    )
+    arch = dict(ARCH, sr_ratios=[2, 1, 1, 1])
+    model, compiled = build(torch.float64, arch=arch, out_indices=(1,))
     x = images(97, 66, dtype=torch.float64)
     out, grads = forward_backward(compiled, model, x)
     expected, wanted = forward_backward(model, model, x)
