@@ -11,7 +11,8 @@ class DropPath(_DropPath):
     mmcv compares the rate with 0, which makes it a constant of the graph. The
     blocks of a stage differ in nothing but their rate, so each of them would
     be compiled by itself, and PyTorch stops after eight graphs. Here, the
-    rate is an input of the graph.
+    rate is an input of the graph, unless PyTorch makes every number a
+    constant, as with ``dynamic=False`` and in old versions.
 
     Args:
         drop_prob (float): Probability that the branch of an image is dropped.
