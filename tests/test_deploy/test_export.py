@@ -304,36 +304,41 @@ def test_full_disk(classifier, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['model.pt']
 
 
-@pytest.mark.parametrize('name', FORMATS)
-def test_file_that_grows_too_large(name, tmp_path):
+def test_file_that_grows_too_large(tmp_path):
     """PyTorch's own writer would end the process."""
-    options = f'format={name!r}'
     script = f"""
 import resource, signal
 from pathlib import Path
 from export_cases import SHORT, save_random, small_config
 from mmvvt.apis import export_model
+from mmvvt.deploy.formats import FORMATS
 from mmvvt.errors import WriteError
 folder = Path({str(tmp_path)!r})
 cfg = small_config('classifier', **SHORT)
 checkpoint = save_random(cfg, folder / 'random.pth')
 (folder / 'out').mkdir()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-out = folder / 'out' / 'model{FORMATS[name].suffix}'
-out.write_bytes(b'before')
+for name, format in FORMATS.items():
+    out = folder / 'out' / ('model' + format.suffix)
+    out.write_bytes(b'before')
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-try:
-    export_model(cfg, checkpoint, out, {options})
-except WriteError as error:
-    print('raised', error)
+for name, format in FORMATS.items():
+    out = folder / 'out' / ('model' + format.suffix)
+    try:
+        export_model(cfg, checkpoint, out, format=name)
+    except WriteError as error:
+        print(name, 'raised', error)
 """
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent)])
     done = run_tool('-c', script, env=dict(PYTHONPATH=path))
-    assert done.returncode == 0 and 'raised cannot write' in done.stdout
-    out = tmp_path / 'out' / f'model{FORMATS[name].suffix}'
-    assert out.read_bytes() == b'before'
-    assert os.listdir(out.parent) == [out.name]
+    assert done.returncode == 0, done.stdout
+    for name in FORMATS:
+        assert f'{name} raised cannot write' in done.stdout
+    files = {'model' + format.suffix for format in FORMATS.values()}
+    assert set(os.listdir(tmp_path / 'out')) == files
+    for file in files:
+        assert (tmp_path / 'out' / file).read_bytes() == b'before'
 
 
 def test_engine_that_raises(classifier, tmp_path, monkeypatch):
