@@ -47,6 +47,10 @@ def test_nothing_is_doubled_in_half_precision(dtype):
     assert torch.equal(compiled(DropPath(0.0))(x), x)
 
 
+@pytest.mark.skipif(
+    torch._dynamo.config.specialize_float,
+    reason='this PyTorch makes numbers constants',
+)
 def test_one_graph_for_all_rates():
     counter = CompileCounterWithBackend('aot_eager')
     for rate in (0.1, 0.0, 0.2, 0.3, 0.4):
