@@ -68,8 +68,8 @@ def _attention_as_products() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
-def is_detector(model: nn.Module) -> bool:
-    """Whether a model is a detector of mmdet. Its backbones are not."""
+def _is_detector(model: nn.Module) -> bool:
+    # Backbones of mmdet take one tensor.
     return any(
         cls.__module__.startswith('mmdet.models.detectors.')
         for cls in type(model).__mro__
@@ -123,7 +123,7 @@ def _run_two_stages(model: Any, images: Tensor) -> None:
 
 
 def _run(model: nn.Module, images: Tensor) -> None:
-    if not is_detector(model):
+    if not _is_detector(model):
         model(images)
     elif type(getattr(model, 'roi_head', None)).__name__ in TWO_STAGES:
         _run_two_stages(model, images)

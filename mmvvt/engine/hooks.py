@@ -15,8 +15,8 @@ from mmengine.runner import EpochBasedTrainLoop
 from ..errors import UserError
 
 MAX_SEED = 2**32  # Exclusive upper limit of seeds in NumPy
-# A VVT needs up to 16 graphs of its blocks: four stages, in training and
-# evaluation, at a batch size of one and at others.
+# A VVT needs up to 32 graphs of its blocks: four stages, in training and
+# evaluation, for one image and several, for square grids and others.
 MAX_GRAPHS = 64
 
 

@@ -19,7 +19,7 @@ import os
 
 import mmvvt  # noqa: F401, registers the modules of mmvvt
 from mmvvt.analysis.benchmark import NAMES, machine_line, write_csv
-from mmvvt.analysis.complexity import count, is_detector
+from mmvvt.analysis.complexity import count
 from mmvvt.analysis.sweep import MODELS as SWEEP_MODELS
 from mmvvt.analysis.sweep import (
     OUT_OF_MEMORY,
@@ -120,9 +120,6 @@ def count_configs(args):
     for path in args.configs:
         cfg = read_config(path)
         model = build_model(cfg)
-        if not is_detector(model):
-            # The shapes are enough, but detectors select boxes by value.
-            model.to('meta')
         backbone = cfg.model.backbone
         # TupleOutputs has the backbone in it.
         channels = backbone.get('backbone', backbone).get('in_channels', 3)
