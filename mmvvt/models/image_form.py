@@ -10,7 +10,7 @@ equal up to rounding errors. docs/deploy.md has the measurements.
 """
 
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -75,6 +75,14 @@ def _magnitude_clamp(t: Tensor) -> Tensor:
     """
     sign = (t * (1 / torch.finfo(t.dtype).tiny)).clamp(-1, 1)
     return sign * t.abs().clamp(CLAMP_MIN, CLAMP_MAX)
+
+
+def _features(t: Tensor, factors: Optional[Tensor]) -> Tensor:
+    """Multiply queries or keys ``(..., d, N)`` by factors ``(m, 1, N)``."""
+    if factors is None:
+        return t
+    # (..., 1, d, N) * (m, 1, N) -> (..., m, d, N) -> (..., m * d, N)
+    return (t.unsqueeze(-3) * factors).flatten(-3, -2)
 
 
 def _to_layout(x: Tensor, norm: str) -> Tensor:
@@ -229,8 +237,38 @@ class _ImageBlock(nn.Module):
     def _split(self, t: Tensor) -> Tensor:
         batch, channels, height, width = t.shape
         heads = self.num_heads
-        # (B, heads * d, h, w) -> (B * heads, d, N)
-        return t.reshape(batch * heads, channels // heads, height * width)
+        # ONNX Runtime reuses more memory if images and heads are one
+        # dimension. For OpenVINO, the shape has one unknown dimension only.
+        images = (batch * heads,) if self.norm == 'tokens' else (batch, heads)
+        # (B, heads * d, h, w) -> (B * heads, d, N) or (B, heads, d, N)
+        return t.reshape(*images, channels // heads, height * width)
+
+    def _factors(
+        self, height: int, width: int, like: Tensor
+    ) -> Sequence[Optional[Tensor]]:
+        """Return the factors of the tokens, in one or two groups."""
+        if self.locality == 'none':
+            return (None,)
+        factors = token_factors(
+            (height, width), self.locality, like.dtype, like.device
+        )
+        # In OpenVINO, the features of half of the factors need half the
+        # memory. ONNX Runtime needs less for those of all factors.
+        groups = 1 if self.norm == 'tokens' else 2
+        # (N, n) -> (n, N) -> (n, 1, N)
+        return factors.t()[:, None].chunk(groups)
+
+    def _clamp_sums(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Clamp the sums ``(..., d + 1, m * d)`` of each group of factors.
+
+        The sums of keys, in the last row, are not clamped. The groups are one
+        tensor, so that the sums of all groups are computed first.
+        """
+        t = torch.cat(list(sums), dim=-1)  # (..., d + 1, n * d)
+        if self.clamp:
+            clamped = _magnitude_clamp(t[..., :-1, :])
+            t = torch.cat([clamped, t[..., -1:, :]], dim=-2)
+        return t.chunk(len(sums), dim=-1)
 
     def _attend(self, x: Tensor) -> Tensor:
         clamp = _magnitude_clamp if self.clamp else nn.Identity()
@@ -242,29 +280,21 @@ class _ImageBlock(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         batch, channels, height, width = q.shape
-        # Images and heads are one dimension: a product with more dimensions is
-        # exported with a copy of both tensors.
         q, k, v = self._split(q), self._split(k), self._split(v)
-        if self.locality != 'none':
-            factors = token_factors(
-                (height, width), self.locality, dtype, q.device
-            )
-            factors = factors.t()[:, None]  # (N, n) -> (n, 1, N)
-            # (B * heads, 1, d, N) * (n, 1, N) -> (B * heads, n, d, N)
-            # -> (B * heads, n * d, N)
-            q = (q[:, None] * factors).flatten(1, 2)
-            k = (k[:, None] * factors).flatten(1, 2)
-        v = F.pad(v, (0, 0, 0, 1), value=1.0)  # (B * heads, d + 1, N)
-
-        sums = torch.bmm(v, k.transpose(1, 2))  # (B * heads, d + 1, n * d)
-        # The sums of keys, in the last row, are not clamped.
-        sums = torch.cat([clamp(sums[:, :-1]), sums[:, -1:]], dim=1)
-        products = torch.bmm(sums, q)  # (B * heads, d + 1, N)
-        normaliser = (products[:, -1:] + self.eps).reciprocal()
+        v = F.pad(v, (0, 0, 0, 1), value=1.0)  # (..., d + 1, N)
+        factors = self._factors(height, width, q)
+        queries = [_features(q, group) for group in factors]
+        # (..., d + 1, N) @ (..., N, m * d) -> (..., d + 1, m * d)
+        sums = [v @ _features(k, group).transpose(-2, -1) for group in factors]
+        products: Any = None
+        for group, query in zip(self._clamp_sums(sums), queries):
+            product = group @ query  # (..., d + 1, N)
+            products = product if products is None else products + product
+        normaliser = (products[..., -1:, :] + self.eps).reciprocal()
         if self.clamp:  # It is positive.
             normaliser = normaliser.clamp(CLAMP_MIN, CLAMP_MAX)
-        out = clamp(clamp(products[:, :-1]) * normaliser)
-        # (B * heads, d, N) -> (B, heads * d, h, w)
+        out = clamp(clamp(products[..., :-1, :]) * normaliser)
+        # (..., d, N) -> (B, heads * d, h, w)
         out = out.reshape(batch, channels, height, width).to(x.dtype)
         out = _to_layout(self.out_proj(out), self.norm)
         out = clamp(out) * (1 + _to_layout(gate, self.norm))
@@ -275,10 +305,15 @@ class _ImageBlock(nn.Module):
         x = _to_image(x, self.norm)
         # The engines add an output of a convolution to that of the next one,
         # but not to activations in another memory layout, as those of the
-        # residual connection.
-        out = self.mlp[0](x)
-        for part in self.mlp[1:]:
-            out = out + part(x)
+        # residual connection. Before such a sum, OpenVINO computes the hidden
+        # activations of all its parts, so there it has two parts only.
+        size = len(self.mlp) if self.norm == 'tokens' else 2
+        out: Any = None
+        for first in range(0, len(self.mlp), size):
+            part_sum = self.mlp[first](x)
+            for part in self.mlp[first + 1 : first + size]:
+                part_sum = part_sum + part(x)
+            out = part_sum if out is None else out + part_sum
         return _to_layout(out, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -204,18 +204,66 @@ def test_exported_graph(norm, norms):
     assert ('aten.permute.default' in targets) is (norm == 'tokens')
 
 
-def test_products_are_exported_without_copies():
+@pytest.mark.parametrize('norm', NORMS)
+def test_products_are_exported_without_copies(norm):
     """An expansion would be a copy of the widest tensors in OpenVINO."""
-    form = ImageForm(build(attn_cfg=dict(locality='none')))
+    form = ImageForm(
+        build(out_indices=(1,), attn_cfg=dict(locality='none')), norm
+    )
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
         form,
         (torch.randn(2, 3, 64, 64),),
         dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
-    ).run_decompositions()
+    )
     targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count('aten.bmm.default') == 2 * sum(ARCH['depths'])
+    assert targets.count('aten.matmul.default') == 2 * 2  # two blocks
     assert 'aten.expand.default' not in targets
+
+
+def test_openvino_keeps_few_activations(tmp_path):
+    """It computes the hidden activations of all parts of a sum first."""
+    openvino = pytest.importorskip('openvino')
+    from mmvvt.deploy.formats import openvino_core
+
+    form = ImageForm(build(out_indices=(0,)), 'channels')
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.onnx.export(
+        form,
+        (torch.randn(2, 3, 64, 64),),
+        dynamo=True,
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+        opset_version=20,
+        verbose=False,
+    )
+    operators = [node.op_type for node in program.model_proto.graph.node]
+    assert operators.count('MatMul') == 4  # two groups of factors
+    assert operators.count('Expand') == 2  # factors of rows and columns
+    path = str(tmp_path / 'model.onnx')
+    program.save(path)
+    compiled = openvino_core().compile_model(
+        openvino.convert_model(path),
+        'CPU',
+        {'INFERENCE_PRECISION_HINT': 'f32'},
+    )
+
+    def order(node):
+        value = node.get_rt_info()['execOrder']
+        return int(getattr(value, 'value', value))
+
+    lifetimes = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        # The weights of depthwise convolutions are (C, 1, 1, 3, 3).
+        if (
+            node.get_input_size() > 1
+            and len(node.input(1).get_partial_shape()) == 5
+        ):
+            readers = node.output(0).get_target_inputs()
+            last = max(order(reader.get_node()) for reader in readers)
+            lifetimes.append((order(node), last))
+    assert len(lifetimes) == 8  # parts
+    kept = [sum(a <= t <= b for a, b in lifetimes) for t, _ in lifetimes]
+    assert max(kept) == 2
 
 
 @pytest.mark.parametrize(
