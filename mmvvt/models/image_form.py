@@ -78,11 +78,12 @@ def _magnitude_clamp(t: Tensor) -> Tensor:
 
 
 def _features(t: Tensor, factors: Optional[Tensor]) -> Tensor:
-    """Multiply queries or keys ``(..., d, N)`` by factors ``(m, 1, N)``."""
+    """Multiply ``(B, heads, d, N)`` by factors ``(m, 1, N)``."""
     if factors is None:
         return t
-    # (..., 1, d, N) * (m, 1, N) -> (..., m, d, N) -> (..., m * d, N)
-    return (t.unsqueeze(-3) * factors).flatten(-3, -2)
+    # (B, heads, 1, d, N) * (m, 1, N) -> (B, heads, m, d, N)
+    # -> (B, heads, m * d, N)
+    return (t[:, :, None] * factors).flatten(2, 3)
 
 
 def _to_layout(x: Tensor, norm: str) -> Tensor:
@@ -237,11 +238,8 @@ class _ImageBlock(nn.Module):
     def _split(self, t: Tensor) -> Tensor:
         batch, channels, height, width = t.shape
         heads = self.num_heads
-        # ONNX Runtime reuses more memory if images and heads are one
-        # dimension. For OpenVINO, the shape has one unknown dimension only.
-        images = (batch * heads,) if self.norm == 'tokens' else (batch, heads)
-        # (B, heads * d, h, w) -> (B * heads, d, N) or (B, heads, d, N)
-        return t.reshape(*images, channels // heads, height * width)
+        # (B, heads * d, h, w) -> (B, heads, d, N)
+        return t.reshape(batch, heads, channels // heads, height * width)
 
     def _factors(
         self, height: int, width: int, like: Tensor
@@ -253,22 +251,22 @@ class _ImageBlock(nn.Module):
             (height, width), self.locality, like.dtype, like.device
         )
         # In OpenVINO, the features of half of the factors need half the
-        # memory. ONNX Runtime needs less for those of all factors.
+        # memory. ONNX Runtime needs as little for those of all factors.
         groups = 1 if self.norm == 'tokens' else 2
         # (N, n) -> (n, N) -> (n, 1, N)
         return factors.t()[:, None].chunk(groups)
 
     def _clamp_sums(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Clamp the sums ``(..., d + 1, m * d)`` of each group of factors.
+        """Clamp the sums ``(B, heads, d + 1, m * d)`` of each group.
 
         The sums of keys, in the last row, are not clamped. The groups are one
         tensor, so that the sums of all groups are computed first.
         """
-        t = torch.cat(list(sums), dim=-1)  # (..., d + 1, n * d)
+        t = torch.cat(list(sums), dim=3)  # (B, heads, d + 1, n * d)
         if self.clamp:
-            clamped = _magnitude_clamp(t[..., :-1, :])
-            t = torch.cat([clamped, t[..., -1:, :]], dim=-2)
-        return t.chunk(len(sums), dim=-1)
+            clamped = _magnitude_clamp(t[:, :, :-1])
+            t = torch.cat([clamped, t[:, :, -1:]], dim=2)
+        return t.chunk(len(sums), dim=3)
 
     def _attend(self, x: Tensor) -> Tensor:
         clamp = _magnitude_clamp if self.clamp else nn.Identity()
@@ -281,20 +279,21 @@ class _ImageBlock(nn.Module):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         batch, channels, height, width = q.shape
         q, k, v = self._split(q), self._split(k), self._split(v)
-        v = F.pad(v, (0, 0, 0, 1), value=1.0)  # (..., d + 1, N)
+        v = F.pad(v, (0, 0, 0, 1), value=1.0)  # (B, heads, d + 1, N)
         factors = self._factors(height, width, q)
+        # Before the features of the keys: ONNX Runtime reuses more memory.
         queries = [_features(q, group) for group in factors]
-        # (..., d + 1, N) @ (..., N, m * d) -> (..., d + 1, m * d)
-        sums = [v @ _features(k, group).transpose(-2, -1) for group in factors]
+        # (d + 1, N) @ (N, m * d) -> (d + 1, m * d) in each head
+        sums = [v @ _features(k, group).transpose(2, 3) for group in factors]
         products: Any = None
         for group, query in zip(self._clamp_sums(sums), queries):
-            product = group @ query  # (..., d + 1, N)
+            product = group @ query  # (B, heads, d + 1, N)
             products = product if products is None else products + product
-        normaliser = (products[..., -1:, :] + self.eps).reciprocal()
+        normaliser = (products[:, :, -1:] + self.eps).reciprocal()
         if self.clamp:  # It is positive.
             normaliser = normaliser.clamp(CLAMP_MIN, CLAMP_MAX)
-        out = clamp(clamp(products[..., :-1, :]) * normaliser)
-        # (..., d, N) -> (B, heads * d, h, w)
+        out = clamp(clamp(products[:, :, :-1]) * normaliser)
+        # (B, heads, d, N) -> (B, heads * d, h, w)
         out = out.reshape(batch, channels, height, width).to(x.dtype)
         out = _to_layout(self.out_proj(out), self.norm)
         out = clamp(out) * (1 + _to_layout(gate, self.norm))
