@@ -54,6 +54,27 @@ def test_equals_the_layers(locality, clamp, norm):
     check_same(model, form)
 
 
+@pytest.mark.parametrize('norm', NORMS)
+def test_sums_are_clamped(norm):
+    """The sums exceed the clamp, the products do not.
+
+    One block: behind clamped sums, whether a product is zero or a rounding
+    error depends on the order of the sum, and the clamps amplify that.
+    """
+    outs = []
+    for clamp in (True, False):
+        model = build(out_indices=(0,), attn_cfg=dict(clamp=clamp)).double()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(1e8 if '.v_proj.' in name else 1)
+                parameter.mul_(1e-8 if '.q_proj.' in name else 1)
+        form = ImageForm(model, norm)
+        check_same(model, form)
+        with torch.no_grad():
+            outs.append(form(torch.ones(1, 3, 64, 64).double())[-1])
+    assert relative_error(*outs) > 0.01
+
+
 @pytest.mark.parametrize('out_indices', [(0,), (1, 3), (2,)])
 def test_output_stages(out_indices):
     model = build(out_indices=out_indices).double()
